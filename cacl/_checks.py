@@ -1,0 +1,78 @@
+"""Errors that a user can mend: one line that names the thing, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something that the user gave (an argument, a file, a setting) is wrong; the message is one line."""
+
+
+class InputTypeError(InputError, TypeError):
+    """As :class:`InputError`, where the type is wrong."""
+
+
+def expected(argument: str, wanted: str, got: object) -> InputError:
+    """The error for an argument of the right type with a wrong value."""
+    return InputError(f"Expected argument `{argument}` to be {wanted}, but got {got}.")
+
+
+def shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def check_tensor(argument: str, value: object, dims: str) -> None:
+    """Require a floating point tensor with as many dimensions as ``dims`` names, for example ``"(N, D)"``."""
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"Expected argument `{argument}` to be a tensor {dims}, but got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise InputTypeError(f"Expected argument `{argument}` to be of a floating point type, but got {value.dtype}.")
+    if value.ndim != dims.count(",") + 1:
+        raise expected(argument, f"a tensor {dims}", shape(value))
+
+
+def check_same_shape(dims: str, **tensors: Tensor) -> None:
+    """Require floating point tensors of one shape."""
+    (first, reference), *others = tensors.items()
+    check_tensor(first, reference, dims)
+    for name, tensor in others:
+        check_tensor(name, tensor, dims)
+        if tensor.shape != reference.shape:
+            raise expected(name, f"of the same shape as `{first}` {tuple(reference.shape)}", shape(tensor))
+
+
+def check_classes(classes: Tensor, pairs: int, num_classes: int | None) -> None:
+    """Require int64 class indices ``(N,)``; their range is looked at on the CPU only, where it costs no wait."""
+    if not isinstance(classes, Tensor) or classes.dtype.is_floating_point or classes.dtype.is_complex:
+        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
+        raise InputTypeError(f"Expected argument `classes` to be an integer tensor (N,), but got {kind}.")
+    if tuple(classes.shape) != (pairs,):
+        raise expected("classes", f"a tensor ({pairs},), one class a pair", shape(classes))
+    if num_classes is not None and classes.device.type == "cpu" and classes.numel():
+        low, high = int(classes.min()), int(classes.max())
+        if low < 0 or high >= num_classes:
+            raise expected("classes", f"in [0, {num_classes - 1}]", low if low < 0 else high)
+
+
+def check_range(argument: str, value: float, low: float, high: float) -> None:
+    """Require ``low <= value <= high``, both finite or not; NaN never passes."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputTypeError(f"Expected argument `{argument}` to be a number, but got {type(value).__name__}.")
+    if not low <= value <= high:
+        raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise expected(argument, "one of " + ", ".join(f'"{c}"' for c in choices), repr(value))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint such as ``; did you mean "margin"?``, or nothing."""
+    near = get_close_matches(word, list(known), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""

@@ -1,0 +1,175 @@
+"""The class activation network: a backbone of output stride 16 and a 1×1 convolution (CA-CL, eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cacl._checks import InputError, InputTypeError, check_choice, check_tensor, did_you_mean, expected, shape
+
+
+class CAMOutput(NamedTuple):
+    """What :class:`CAMNet` gives for B images."""
+
+    cams: Tensor
+    """Class activation maps, ``(B, K, h, w)`` in [0, 1]."""
+    scores: Tensor
+    """The same before the sigmoid."""
+
+
+class CAMNet(nn.Module):
+    """Class activation maps by a backbone, a 1×1 convolution without bias and a sigmoid (CA-CL, eq. 1).
+
+    Args:
+        num_classes: K.
+        backbone: the name of a torchvision ResNet, whose last stage is set to stride 1 (output stride 16) and whose
+            first convolution and batch norm are frozen; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an
+            attribute ``out_channels``, which is taken as it is.
+        weights: torchvision's name of the pretrained weights (downloaded once), or None for random ones; for a named
+            backbone only.
+
+    Raises:
+        ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
+        TypeError: if ``backbone`` is no name and has no ``out_channels``.
+
+    Example:
+        >>> net = CAMNet(20, backbone="resnet18", weights=None)
+        >>> net(torch.zeros(1, 3, 64, 64)).cams.shape
+        torch.Size([1, 20, 4, 4])
+    """
+
+    def __init__(
+        self, num_classes: int = 20, *, backbone: str | nn.Module = "resnet50", weights: str | None = "DEFAULT"
+    ) -> None:
+        super().__init__()
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise expected("num_classes", "a positive integer", repr(num_classes))
+        self.num_classes = num_classes
+        self.backbone = _ResNet(backbone, weights) if isinstance(backbone, str) else backbone
+        channels = getattr(self.backbone, "out_channels", None)
+        if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
+            raise InputTypeError(
+                "Expected argument `backbone` to be a ResNet's name or a module with an integer `out_channels`, "
+                f"but got {type(backbone).__name__}."
+            )
+        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
+
+    def forward(self, images: Tensor) -> CAMOutput:
+        """``(B, 3, H, W)`` normalised images -> :class:`CAMOutput` at the backbone's stride."""
+        scores = self.scores(images)
+        return CAMOutput(scores.sigmoid(), scores)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, K)`` logits by global average pooling, for the warm-up."""
+        return self.scores(images).mean((2, 3))
+
+    def scores(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` before the sigmoid."""
+        check_tensor("images", images, "(B, 3, H, W)")
+        features = self.backbone(images)
+        if features.ndim != 4 or features.shape[1] != self.classifier.in_channels:
+            raise expected("backbone", f"giving (B, {self.classifier.in_channels}, h, w)", shape(features))
+        scores: Tensor = self.classifier(features)
+        return scores
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Tensor,
+        *,
+        scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+        flip: bool = True,
+        size: tuple[int, int] | None = None,
+        activation: Literal["relu", "sigmoid"] = "relu",
+    ) -> Tensor:
+        """Multi-scale CAMs for inference: summed over scales and the mirror image, each divided by its maximum.
+
+        Runs in evaluation mode and puts the mode back. The maps of absent classes are not zeroed: the network does
+        not know the labels.
+
+        Args:
+            images: ``(B, 3, H, W)``, normalised.
+            scales: factors of the image's size.
+            flip: add the mirror image's maps.
+            size: ``(height, width)`` of the result; the images' own by default.
+            activation: what turns scores to CAMs; ``"relu"`` as in the code that the paper builds on.
+
+        Returns:
+            ``(B, K, height, width)`` float32 in [0, 1]; a map without any positive score is 0.
+        """
+        check_tensor("images", images, "(B, 3, H, W)")
+        check_choice("activation", activation, ("relu", "sigmoid"))
+        if not scales or min(scales) <= 0:
+            raise expected("scales", "positive factors, at least one", tuple(scales))
+        height, width = images.shape[-2:]
+        total = torch.zeros((), device=images.device)
+        with _evaluating(self):
+            for scale in scales:
+                target = (max(1, round(height * scale)), max(1, round(width * scale)))
+                scaled = images
+                if target != (height, width):
+                    scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False)
+                maps = self.scores(torch.cat((scaled, scaled.flip(-1))) if flip else scaled).float()
+                maps = maps.sigmoid() if activation == "sigmoid" else maps.relu()
+                if flip:
+                    straight, mirrored = maps.chunk(2)
+                    maps = straight + mirrored.flip(-1)
+                total = total + F.interpolate(maps, size=size or (height, width), mode="bilinear", align_corners=False)
+        return total / total.amax((-2, -1), keepdim=True).clamp(min=1e-5)
+
+    def parameter_groups(self, lr: float, *, head_factor: float = 10.0) -> list[dict[str, object]]:
+        """The trainable parameters for an optimiser: the backbone at ``lr``, the classifier at ``head_factor · lr``."""
+        trunk = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        head = list(self.classifier.parameters())
+        return [{"params": trunk, "lr": lr}, {"params": head, "lr": lr * head_factor}]
+
+
+class _ResNet(nn.Module):
+    """A torchvision ResNet without its head, at output stride 16, the first convolution and batch norm frozen."""
+
+    def __init__(self, name: str, weights: str | None) -> None:
+        super().__init__()
+        from torchvision import models
+
+        known = [model for model in models.list_models(module=models) if model.startswith(("res", "wide_res"))]
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise InputError(f"Expected argument `backbone` to be one of {', '.join(known)}, but got {name!r}{hint}")
+        available = [w.name for w in models.get_model_weights(name)]
+        if weights is not None and weights not in (*available, "DEFAULT"):
+            choices = ", ".join((*available, "DEFAULT"))
+            raise expected("weights", f"None or one of {choices} for {name}", repr(weights))
+        network = models.get_model(name, weights=weights)
+        for module in network.layer4.modules():
+            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+                module.stride = (1, 1)
+        self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        self.layers = nn.Sequential(network.layer1, network.layer2, network.layer3, network.layer4)
+        self.out_channels = int(network.fc.in_features)
+        self.stem.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> _ResNet:
+        super().train(mode)
+        self.stem.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layers(self.stem(images))
+        return features
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every submodule's own mode put back afterwards."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode

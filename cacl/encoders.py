@@ -1,0 +1,233 @@
+"""Image-text encoders behind one protocol: CLIP, OpenCLIP, or the user's own. The only module that imports clip."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from cacl._checks import InputError, did_you_mean
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@runtime_checkable
+class ImageTextEncoder(Protocol):
+    """What every part of this package asks of an image-text model; any object with these five members will do."""
+
+    image_size: int
+    """Side S of its square input in pixels."""
+    mean: Sequence[float]
+    """Mean of its normalisation, a value a channel."""
+    std: Sequence[float]
+    """Standard deviation of its normalisation, a value a channel."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """``(N, 3, S, S)`` normalised images -> ``(N, D)``, differentiable with respect to the images."""
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """T texts -> ``(T, D)``, no gradient."""
+
+
+def load_encoder(
+    name: str | PathLike[str] = "ViT-B/32",
+    *,
+    device: torch.device | str | None = None,
+    root: str | PathLike[str] | None = None,
+) -> ImageTextEncoder:
+    """A frozen image-text encoder in evaluation mode and float32.
+
+    Args:
+        name: a model of OpenAI's CLIP such as ``"ViT-B/32"`` (downloaded once, checked by its hash), the path of a
+            CLIP checkpoint (a state dict or OpenAI's TorchScript archive), or ``"open_clip:MODEL/PRETRAINED"``.
+        device: where it goes; the CPU by default.
+        root: folder for downloads; the library's own default if not given.
+
+    Raises:
+        ValueError: if the name is unknown, or the file is not a CLIP checkpoint; nothing in such a file is run.
+        ImportError: if the library for it is not installed.
+    """
+    name = str(name)
+    if name.startswith("open_clip:"):
+        encoder: _Frozen = OpenCLIPEncoder.load(name.removeprefix("open_clip:"), root=root)
+    elif Path(name).is_file():
+        encoder = CLIPEncoder(_build_clip(_read_checkpoint(Path(name)), name))
+    else:
+        encoder = CLIPEncoder(_build_clip(_download_clip(name, root), name))
+    return encoder.to(device) if device is not None else encoder
+
+
+class _Frozen(nn.Module):
+    """A model in evaluation mode and float32 whose weights never take a gradient."""
+
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model.float().requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> _Frozen:
+        return super().train(False)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_image(images)
+        return features
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        features: Tensor = self.model.encode_text(self.tokenize(list(texts)).to(next(self.parameters()).device))
+        return features
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+
+class CLIPEncoder(_Frozen):
+    """A ``clip.model.CLIP`` as an :class:`ImageTextEncoder`."""
+
+    mean = CLIP_MEAN
+    std = CLIP_STD
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.image_size = int(model.visual.input_resolution)
+        self.context_length = int(model.context_length)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        try:
+            tokens: Tensor = _import_clip().tokenize(texts, context_length=self.context_length)
+        except RuntimeError as error:  # the text is too long; the message names it
+            raise InputError(str(error)) from None
+        return tokens
+
+
+class OpenCLIPEncoder(_Frozen):
+    """A model of the open_clip library as an :class:`ImageTextEncoder`."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model)
+        size = model.visual.image_size
+        self.image_size = int(size if isinstance(size, int) else size[0])
+        self.mean = tuple(getattr(model.visual, "image_mean", None) or CLIP_MEAN)
+        self.std = tuple(getattr(model.visual, "image_std", None) or CLIP_STD)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str, *, root: str | PathLike[str] | None = None) -> OpenCLIPEncoder:
+        """``"MODEL/PRETRAINED"``, where PRETRAINED is a tag of the library or the path of a checkpoint."""
+        model, _, pretrained = name.partition("/")
+        if not pretrained:
+            raise InputError(f"Expected an encoder name like open_clip:ViT-B-32/laion2b_s34b_b79k, but got {name!r}.")
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError(f"open_clip models need an extra: pip install 'cacl[open-clip]' ({error})") from None
+        if model not in open_clip.list_models():
+            raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
+        try:
+            network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
+        except RuntimeError as error:
+            raise InputError(f"open_clip:{name}: {str(error).splitlines()[0]}") from None
+        return cls(network, open_clip.get_tokenizer(model))
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        tokens: Tensor = self._tokenizer(texts)
+        return tokens
+
+
+def _import_clip() -> ModuleType:
+    """Import clip; clip-anytorch 2.6.0 asks for ``pkg_resources``, which current setuptools no longer has."""
+    try:
+        with _pkg_resources():
+            return importlib.import_module("clip")
+    except ImportError as error:
+        raise ImportError(f"CLIP models need the package clip-anytorch: pip install clip-anytorch ({error})") from None
+
+
+@contextmanager
+def _pkg_resources() -> Iterator[None]:
+    """Let ``from pkg_resources import packaging`` work while it is needed, without importing setuptools."""
+    if "clip" in sys.modules or "pkg_resources" in sys.modules:
+        yield
+        return
+    import packaging.version
+
+    stand_in = ModuleType("pkg_resources")
+    stand_in.packaging = packaging  # type: ignore[attr-defined]
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]
+
+
+def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, Tensor]:
+    clip = _import_clip()
+    models: dict[str, str] = clip.clip._MODELS
+    if name not in models:
+        raise InputError(
+            f"Expected an encoder name (one of {', '.join(models)}, or open_clip:MODEL/PRETRAINED) or the path of a "
+            f"checkpoint, but got {name!r}{did_you_mean(name, models)}"
+        )
+    folder = Path(root) if root is not None else Path.home() / ".cache" / "clip"
+    try:
+        return _read_checkpoint(Path(clip.clip._download(models[name], str(folder))))
+    except OSError as error:
+        raise InputError(
+            f"CLIP {name} is not in {folder} and could not be downloaded ({error}); "
+            "give the path of its checkpoint instead."
+        ) from None
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a checkpoint, read without unpickling code."""
+    try:
+        if _is_torchscript(path):
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each means that the file is something else
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {reason}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
+    return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    """TorchScript archives are read by torch's own restricted reader, which knows tensors and TorchScript only."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
+    model = importlib.import_module("clip.model") if _import_clip() else None
+    needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
+    vocabulary, tokens = state["token_embedding.weight"].shape[0], 49408
+    if vocabulary < tokens:
+        raise InputError(f"{name}: CLIP's tokenizer has {tokens} tokens, but the checkpoint knows {vocabulary}.")
+    try:
+        network: nn.Module = model.build_model(dict(state))  # type: ignore[union-attr]
+    except Exception as error:  # whatever a state dict of other sizes makes it raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: its parameters do not make a CLIP model: {reason}") from None
+    return network

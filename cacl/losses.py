@@ -1,0 +1,442 @@
+"""The losses of CA-CL (eq. 6-14): image-text contrast, background suppression, region size, and all three wired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cacl._checks import (
+    InputTypeError,
+    check_choice,
+    check_classes,
+    check_range,
+    check_same_shape,
+    check_tensor,
+    expected,
+    shape,
+)
+from cacl._features import cosine, full
+from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD, ImageTextEncoder
+from cacl.prompts import BackgroundSet, PromptSet
+from cacl.regions import resize, split_regions
+from cacl.selector import ContextSelector
+
+Reduction = Literal["mean", "sum", "none"]
+ThresholdMode = Literal["soft", "quantile", "fixed"]
+
+
+def itc_loss(
+    foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Image-text contrastive loss (CA-CL, eq. 6-7).
+
+    .. math:: \frac{1}{N} \sum_i \max(0, \text{margin} - \cos(f_i, t_i) + \cos(b_i, t_i))
+
+    Args:
+        foreground: features of the foreground regions, ``(N, D)``.
+        background: features of the background regions, ``(N, D)``.
+        text: features of the chosen prompts, ``(N, D)``.
+        margin: smallest wanted gap between the two cosines, in [0, 2]. CLIP's image-text cosines lie at 0.15-0.35,
+            so at the paper's 0.5 the hinge is always active and the loss is linear in the gap.
+        reduction: ``"mean"`` over the pairs, ``"sum"``, or ``"none"`` for ``(N,)``.
+
+    Returns:
+        A scalar, or ``(N,)``; float32, or float64 for float64 input. 0 with a graph when N is 0.
+
+    Raises:
+        ValueError: if the shapes differ or a setting is out of range.
+
+    Example:
+        >>> feature = torch.eye(2)
+        >>> itc_loss(feature, -feature, feature)
+        tensor(0.)
+    """
+    check_same_shape("(N, D)", foreground=foreground, background=background, text=text)
+    check_range("margin", margin, 0, 2)
+    gap = cosine(foreground, text) - cosine(background, text)
+    return _reduce((margin - gap).clamp(min=0), reduction)
+
+
+class ITCLoss(nn.Module):
+    """Module form of :func:`itc_loss`."""
+
+    def __init__(self, margin: float = 0.5, *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_range("margin", margin, 0, 2)
+        check_choice("reduction", reduction, _REDUCTIONS)
+        self.margin = margin
+        self.reduction = reduction
+
+    def forward(self, foreground: Tensor, background: Tensor, text: Tensor) -> Tensor:
+        return itc_loss(foreground, background, text, margin=self.margin, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+def bg_suppression_loss(
+    foreground: Tensor,
+    background_text: Tensor,
+    threshold: Tensor | float = 0.26,
+    *,
+    temperature: float | None = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""Class-specific background suppression (CSBS) loss (CA-CL, eq. 9, 10, 12).
+
+    .. math:: -\sum_i \sum_l \log(1 - s_{il} t_{il}), \quad s_{il} = \cos(f_i, b_{il}), \quad t_{il} = [s_{il} \ge θ]
+
+    Args:
+        foreground: features of the foreground regions, ``(N, D)``.
+        background_text: features of each pair's Q background prompts, ``(N, Q, D)``; rows of zeros are padding.
+        threshold: θ, a number or a tensor that broadcasts to ``(N, 1)``.
+        temperature: τ > 0 gives a threshold that is a tensor the gradient of the soft mask
+            ``sigmoid((s - θ) / τ)``, as the mean over the prompts; the value of the loss stays that of the hard mask.
+            Without it θ has no gradient: that of eq. 10 is zero.
+        reduction: ``"sum"`` over pairs and prompts as in the paper, ``"mean"`` over both, or ``"none"`` for ``(N,)``.
+
+    Returns:
+        A scalar, or ``(N,)``; float32, or float64 for float64 input. 0 with a graph when N is 0.
+
+    Raises:
+        ValueError: if the shapes do not go together or a setting is out of range.
+
+    Example:
+        >>> foreground = torch.tensor([[1.0, 0.0]])
+        >>> words = torch.tensor([[[0.6, 0.8], [0.1, 0.995]]])      # cosines 0.6 and 0.1
+        >>> bg_suppression_loss(foreground, words, 0.26)            # -log(1 - 0.6)
+        tensor(0.9163)
+    """
+    return _suppress(foreground, background_text, threshold, temperature, reduction)[0]
+
+
+class BGSuppressionLoss(nn.Module):
+    """CSBS loss with a threshold θ that can adapt (CA-CL, eq. 9-12); :func:`bg_suppression_loss` for a given θ.
+
+    The gradient of eq. 10's hard mask with respect to θ is zero, so eq. 11 needs a reading:
+
+    - ``"fixed"``: θ stays, which is eq. 11 to the letter.
+    - ``"soft"``: θ is a parameter; give ``parameters()`` to an optimiser without weight decay. It gets the gradient
+      of a sigmoid mask, which only ever points up, so θ is held in ``bounds``.
+    - ``"quantile"``: θ follows the ``quantile`` of the similarities seen while training with ``momentum``.
+
+    Args:
+        threshold: θ at the start. CLIP ViT-B/32: 0.26 on VOC.
+        mode: how θ adapts.
+        bounds: range of θ in ``"soft"``.
+        temperature: τ of the sigmoid in ``"soft"``.
+        quantile: share of the similarities below θ in ``"quantile"``.
+        momentum: of the running quantile, in [0, 1].
+        num_classes: in ``"quantile"``, a θ a class; then ``forward`` needs ``classes``.
+        reduction: ``"sum"`` over pairs and prompts as in the paper, ``"mean"``, or ``"none"`` for ``(N,)``.
+
+    Attributes:
+        threshold: θ, a scalar, or ``(K,)`` with ``num_classes``.
+        pass_rate: share of the last call's prompts with a similarity of at least θ.
+
+    Raises:
+        ValueError: if a setting is out of range, or shapes do not go together.
+    """
+
+    theta: Tensor
+    pass_rate: Tensor
+
+    def __init__(
+        self,
+        threshold: float = 0.26,
+        *,
+        mode: ThresholdMode = "fixed",
+        bounds: tuple[float, float] = (0.2, 0.3),
+        temperature: float = 0.01,
+        quantile: float = 0.8,
+        momentum: float = 0.99,
+        num_classes: int | None = None,
+        reduction: Reduction = "sum",
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, ("soft", "quantile", "fixed"))
+        check_choice("reduction", reduction, _REDUCTIONS)
+        check_range("threshold", threshold, -1, 1)
+        check_range("bounds[0]", bounds[0], -1, 1)
+        check_range("bounds[1]", bounds[1], bounds[0], 1)
+        if mode == "soft":
+            check_range("threshold", threshold, *bounds)
+            check_range("temperature", temperature, 1e-6, float("inf"))
+        check_range("quantile", quantile, 0, 1)
+        check_range("momentum", momentum, 0, 1)
+        if num_classes is not None and (mode != "quantile" or num_classes < 1):
+            raise expected("num_classes", 'None, or a positive integer in mode "quantile"', num_classes)
+        self.mode = mode
+        self.bounds = bounds
+        self.temperature = temperature
+        self.quantile = quantile
+        self.momentum = momentum
+        self.num_classes = num_classes
+        self.reduction = reduction
+        theta = torch.full(() if num_classes is None else (num_classes,), float(threshold))
+        if mode == "soft":
+            self.theta = nn.Parameter(theta)
+        else:
+            self.register_buffer("theta", theta, persistent=mode == "quantile")
+        self.register_buffer("pass_rate", torch.zeros(()), persistent=False)
+
+    @property
+    def threshold(self) -> Tensor:
+        theta = self.theta.detach()
+        return theta.clamp(*self.bounds) if self.mode == "soft" else theta
+
+    def forward(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None = None) -> Tensor:
+        """``(N, D)`` foreground features, ``(N, Q, D)`` background prompts, ``(N,)`` classes -> loss."""
+        _check_background(foreground, background_text)
+        if self.num_classes is not None:
+            if classes is None:
+                raise InputTypeError("Expected argument `classes` to be a tensor (N,), but got None.")
+            check_classes(classes, len(foreground), self.num_classes)
+        if self.mode == "quantile" and self.training:
+            self._follow(foreground.detach(), background_text, classes)
+        if self.mode == "soft":
+            with torch.no_grad():
+                self.theta.clamp_(*self.bounds)
+            # A copy: the next call may clamp θ before this one's graph has run backward.
+            theta = self.theta.clone()
+        else:
+            theta = self.theta if self.num_classes is None else self.theta[classes][:, None]
+        temperature = self.temperature if self.mode == "soft" else None
+        loss, self.pass_rate = _suppress(foreground, background_text, theta, temperature, self.reduction)
+        return loss
+
+    @torch.no_grad()
+    def _follow(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None) -> None:
+        """θ ← momentum θ + (1 − momentum) quantile, for each θ that has similarities in this batch."""
+        similarity, real = _similarity(foreground, background_text)
+        if similarity.numel() == 0:
+            return
+        seen = similarity.masked_fill(~real, float("nan"))[None]  # (1, N, Q)
+        if self.num_classes is not None:
+            assert classes is not None
+            mine = classes == torch.arange(self.num_classes, device=classes.device)[:, None]
+            seen = seen.where(mine[:, :, None], float("nan"))  # (K, N, Q)
+        now = seen.flatten(1).nanquantile(self.quantile, dim=1).view_as(self.theta).to(self.theta.dtype)
+        self.theta.lerp_(now.where(~now.isnan(), self.theta), 1 - self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, reduction={self.reduction!r}"
+
+
+def region_loss(cams: Tensor) -> Tensor:
+    r"""Region regularisation (CA-CL, eq. 13): the mean of all CAMs, those of absent classes included.
+
+    Args:
+        cams: ``(B, K, h, w)`` in [0, 1].
+
+    Returns:
+        A scalar; float32, or float64 for float64 input. 0 with a graph when B is 0.
+
+    Raises:
+        ValueError: if the shape is another.
+
+    Example:
+        >>> region_loss(torch.full((1, 2, 4, 4), 0.25))
+        tensor(0.2500)
+    """
+    check_tensor("cams", cams, "(B, K, h, w)")
+    return _reduce(full(cams), "mean")
+
+
+class RegionLoss(nn.Module):
+    """Module form of :func:`region_loss`."""
+
+    def forward(self, cams: Tensor) -> Tensor:
+        return region_loss(cams)
+
+
+class CACLTerms(NamedTuple):
+    """The CA-CL loss and what it is made of; all scalars, only ``total`` … ``region`` with a graph."""
+
+    total: Tensor
+    itc: Tensor
+    bgs: Tensor
+    region: Tensor
+    foreground_similarity: Tensor
+    """Mean cosine of foreground and chosen prompt, s_ff of eq. 7."""
+    background_similarity: Tensor
+    """Mean cosine of background and chosen prompt, s_bf of eq. 7."""
+    pass_rate: Tensor
+    """Share of the background prompts with a similarity of at least θ."""
+
+
+class CACLLoss(nn.Module):
+    """The whole CA-CL loss on images, CAMs and labels (CA-CL, eq. 2-14).
+
+    Texts are encoded here, once; the encoder runs once a call, on foregrounds and backgrounds together. The encoder
+    is frozen and follows ``.to()``, but is no part of ``state_dict()`` or ``parameters()``.
+
+    Args:
+        encoder: the image-text encoder.
+        names: the K class names.
+        prompts: context templates; the paper's four by default.
+        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list knows all ``names``.
+        alpha: weight of the image-text contrastive loss.
+        beta: weight of the background suppression loss; 0 leaves it out.
+        gamma: weight of the region loss.
+        margin: of :class:`ITCLoss`.
+        suppression: a :class:`BGSuppressionLoss` with its threshold mode; θ fixed at 0.26 by default.
+        template: always use this template instead of choosing one for each pair.
+        normalization: ``"encoder"`` re-normalises the images to the encoder's statistics, ``"imagenet"`` leaves them.
+
+    Raises:
+        ValueError: if a setting is out of range, or shapes do not go together.
+        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`.
+    """
+
+    _scale: Tensor
+    _shift: Tensor
+    _background_text: Tensor
+
+    def __init__(
+        self,
+        encoder: ImageTextEncoder,
+        names: Sequence[str],
+        *,
+        prompts: PromptSet | None = None,
+        backgrounds: BackgroundSet | None = None,
+        alpha: float = 40.0,
+        beta: float = 1.0,
+        gamma: float = 0.4,
+        margin: float = 0.5,
+        suppression: BGSuppressionLoss | None = None,
+        template: int | None = None,
+        normalization: Literal["encoder", "imagenet"] = "encoder",
+    ) -> None:
+        super().__init__()
+        for member in ("image_size", "mean", "std", "encode_image", "encode_text"):
+            if not hasattr(encoder, member):
+                raise InputTypeError(
+                    f"Expected argument `encoder` to have `{member}`, but {type(encoder).__name__} lacks it."
+                )
+        for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            check_range(argument, weight, 0, float("inf"))
+        check_choice("normalization", normalization, ("encoder", "imagenet"))
+        if isinstance(encoder, nn.Module):
+            encoder.requires_grad_(False).eval()
+        prompts = PromptSet() if prompts is None else prompts
+        self.names = tuple(names)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self._encoder = (encoder,)  # in a tuple, so that it is no submodule
+        self.itc = ITCLoss(margin)
+        self.bgs = BGSuppressionLoss() if suppression is None else suppression
+        self.region = RegionLoss()
+        mode: Literal["dynamic", "fixed"] = "dynamic" if template is None else "fixed"
+        self.selector = ContextSelector(prompts.encode(encoder, self.names), mode=mode, template=template or 0)
+        if beta > 0:
+            backgrounds = BackgroundSet.built_in(self.names) if backgrounds is None else backgrounds
+            background_text = backgrounds.encode(encoder, self.names, prompts)
+        else:
+            background_text = self.selector.prompt_features[:, :0]
+        self.register_buffer("_background_text", background_text, persistent=False)
+        mean, std = (encoder.mean, encoder.std) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
+        scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
+        shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
+        for name, values in (("_scale", scale), ("_shift", shift)):
+            buffer = torch.tensor(values, device=background_text.device).view(3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def encoder(self) -> ImageTextEncoder:
+        return self._encoder[0]
+
+    def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CACLTerms:
+        """The loss of a batch.
+
+        Args:
+            images: ``(B, 3, H, W)``, normalised with ImageNet's statistics.
+            cams: ``(B, K, h, w)`` in [0, 1].
+            labels: ``(B, K)``, zero or not. On the CPU, so that no step waits for the device.
+        """
+        if labels.ndim != 2 or labels.shape[1] != len(self.names):
+            raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
+        region = self.region(cams)
+        size = self.encoder.image_size
+        small = resize(images, size) * self._scale + self._shift
+        foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
+        pairs = len(classes)
+        if pairs == 0:
+            zero = full(cams).sum() * 0
+            nothing = zero.detach()
+            return CACLTerms(self.gamma * region + zero, zero, zero, region, nothing, nothing, nothing)
+        features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
+        if features.ndim != 2 or len(features) != 2 * pairs:
+            raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
+        foreground, background = features.chunk(2)
+        text = self.selector(foreground, classes).text
+        itc = self.itc(foreground, background, text)
+        bgs = foreground.sum() * 0
+        if self.beta > 0:
+            bgs = self.bgs(foreground, self._background_text[classes], classes)
+        total = self.alpha * itc + self.beta * bgs + self.gamma * region
+        with torch.no_grad():
+            s_ff, s_bf = cosine(foreground, text).mean(), cosine(background, text).mean()
+        return CACLTerms(total, itc, bgs, region, s_ff, s_bf, self.bgs.pass_rate)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
+        if isinstance(self.encoder, nn.Module):
+            self.encoder._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    check_choice("reduction", reduction, _REDUCTIONS)
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+
+
+def _check_background(foreground: Tensor, background_text: Tensor) -> None:
+    check_tensor("foreground", foreground, "(N, D)")
+    check_tensor("background_text", background_text, "(N, Q, D)")
+    pairs, features = foreground.shape
+    if background_text.shape[0] != pairs or background_text.shape[2] != features:
+        raise expected("background_text", f"a tensor ({pairs}, Q, {features})", shape(background_text))
+
+
+def _similarity(foreground: Tensor, background_text: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines ``(N, Q)`` of eq. 9, and which prompts are no padding."""
+    return cosine(foreground[:, None], background_text), background_text.ne(0).any(-1)
+
+
+def _suppress(
+    foreground: Tensor,
+    background_text: Tensor,
+    threshold: Tensor | float,
+    temperature: float | None,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """Loss and pass rate of eq. 9-12."""
+    _check_background(foreground, background_text)
+    check_choice("reduction", reduction, _REDUCTIONS)
+    similarity, real = _similarity(foreground, background_text)
+    passing = (similarity >= threshold) & real
+    prompts = real.sum().clamp(min=1)
+    loss = -torch.log1p(-_below_one(similarity) * passing).sum(-1)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / prompts
+    if temperature is not None:
+        check_range("temperature", temperature, 1e-6, float("inf"))
+        constant = _below_one(similarity.detach())
+        soft = -torch.log1p(-constant * torch.sigmoid((constant - threshold) / temperature)) * real / prompts
+        soft = soft.sum(-1) if reduction == "none" else soft.sum()
+        loss = loss + soft - soft.detach()
+    return loss, (passing.sum() / prompts).detach()
+
+
+def _below_one(similarity: Tensor) -> Tensor:
+    return similarity.clamp(max=1 - 1e-6)

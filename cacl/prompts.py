@@ -1,0 +1,282 @@
+"""Texts for the encoder: context templates [CTX-Set] and background words of each class [BGD-Set] (CA-CL, eq. 3, 8)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cacl._checks import InputError, InputTypeError, did_you_mean, expected
+
+if TYPE_CHECKING:
+    from cacl.encoders import ImageTextEncoder
+
+DEFAULT_TEMPLATES = ("a photo of {}.", "an image of {}.", "a picture of {}.", "a snapshot of {}.")
+"""The paper's four templates; the fifth candidate that it dropped is ``"a clean origami {}."``."""
+
+_ASSETS = Path(__file__).with_name("assets")
+
+
+class PromptSet(Sequence[str]):
+    """An ordered set of m context templates, each with exactly one ``{}`` for the class name.
+
+    Args:
+        templates: the templates; the paper's four by default.
+
+    Raises:
+        ValueError: if there is none, one stands twice, or one has not exactly one ``{}``.
+
+    Example:
+        >>> PromptSet(["a photo of {}.", "a drawing of {}."]).texts("cat")
+        ['a photo of cat.', 'a drawing of cat.']
+    """
+
+    def __init__(self, templates: Iterable[str] = DEFAULT_TEMPLATES) -> None:
+        self._templates = _words(templates, "templates")
+        for template in self._templates:
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+                raise InputError(f"Expected each of `templates` to have exactly one {{}}, but got {template!r}.")
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> str | PromptSet:
+        return PromptSet(self._templates[index]) if isinstance(index, slice) else self._templates[index]
+
+    def __len__(self) -> int:
+        return len(self._templates)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptSet) and self._templates == other._templates
+
+    def __hash__(self) -> int:
+        return hash(self._templates)
+
+    def __repr__(self) -> str:
+        return f"PromptSet({list(self._templates)!r})"
+
+    def texts(self, name: str) -> list[str]:
+        """The m prompts of one class name."""
+        return [template.replace("{}", name) for template in self._templates]
+
+    def encode(self, encoder: ImageTextEncoder, names: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Text features of every class under every template (CA-CL, eq. 3).
+
+        Args:
+            encoder: the image-text encoder.
+            names: K class names.
+            batch_size: texts encoded at once.
+
+        Returns:
+            ``(K, m, D)``, unit length, float32.
+        """
+        return _encode(encoder, [self.texts(name) for name in _words(names, "names")], batch_size)
+
+
+class BackgroundSet(Mapping[str, tuple[str, ...]]):
+    """Background words of each class: what tends to be seen with it and is not it (CA-CL, eq. 8).
+
+    Names are looked up without regard to case, spaces, hyphens and underscores: ``"dining table"`` finds
+    ``"diningtable"``.
+
+    Args:
+        words: class name -> its background words, best first.
+
+    Raises:
+        ValueError: if a list is empty, a word stands twice in it, or a word is the name of a class.
+
+    Example:
+        >>> backgrounds = BackgroundSet({"boat": ["water", "pier"]})
+        >>> backgrounds.texts("boat", PromptSet(["a photo of {}."]))
+        ['a photo of water.', 'a photo of pier.']
+        >>> BackgroundSet.voc()["train"][0]
+        'railroad track'
+    """
+
+    def __init__(self, words: Mapping[str, Sequence[str]]) -> None:
+        if not isinstance(words, Mapping):
+            raise InputTypeError(f"Expected argument `words` to be a mapping, but got {type(words).__name__}.")
+        if not words:
+            raise expected("words", "a mapping with at least one class", "an empty one")
+        self._words = {name: _words(list_, f"words[{name!r}]") for name, list_ in words.items()}
+        self._names = {_key(name): name for name in self._words}
+        self._refuse_classes(self._words, self._words)
+
+    @classmethod
+    def voc(cls, n: int = 5) -> BackgroundSet:
+        """This package's words for the 20 classes of PASCAL VOC, the first ``n`` (1 to 7) of each."""
+        return cls.from_json(_ASSETS / "backgrounds_voc.json", n)
+
+    @classmethod
+    def coco(cls, n: int = 5) -> BackgroundSet:
+        """This package's words for the 80 classes of COCO, the first ``n`` (1 to 7) of each."""
+        return cls.from_json(_ASSETS / "backgrounds_coco.json", n)
+
+    @classmethod
+    def from_json(cls, path: str | PathLike[str], n: int | None = None) -> BackgroundSet:
+        """Read a JSON object ``{"class": ["word", ...], ...}``, the first ``n`` words a class (all by default)."""
+        try:
+            words = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: expected a JSON object of background words, but {error}") from None
+        if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
+            raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
+        if n is not None:
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise expected("n", "a positive integer", repr(n))
+            for name, list_ in words.items():
+                if len(list_) < n:
+                    raise expected("n", f"at most {len(list_)}, the number of words for {name!r} in {path}", n)
+            words = {name: list_[:n] for name, list_ in words.items()}
+        return cls(words)
+
+    @classmethod
+    def built_in(cls, names: Sequence[str], n: int = 5) -> BackgroundSet:
+        """This package's words for ``names``, where VOC's or COCO's list knows all of them.
+
+        Raises:
+            ValueError: if neither list knows all the names; names the first unknown one.
+        """
+        for known in (cls.voc(n), cls.coco(n)):
+            if all(name in known for name in names):
+                return known
+        unknown = next((name for name in names if name not in cls.voc(n) and name not in cls.coco(n)), names[0])
+        raise InputError(f"Expected argument `backgrounds`: there are no built-in background words for {unknown!r}.")
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        if not isinstance(name, str) or _key(name) not in self._names:
+            hint = did_you_mean(name, self._words) if isinstance(name, str) else ""
+            raise KeyError(f"no background words for class {name!r}{hint}")
+        return self._words[self._names[_key(name)]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._words)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __repr__(self) -> str:
+        return f"BackgroundSet({len(self)} classes)"
+
+    def texts(self, name: str, prompts: PromptSet) -> list[str]:
+        """The m·n background prompts of one class: every word under every template."""
+        return [text for word in self[name] for text in prompts.texts(word)]
+
+    def encode(
+        self, encoder: ImageTextEncoder, names: Sequence[str], prompts: PromptSet, *, batch_size: int = 256
+    ) -> Tensor:
+        """Text features of every class's background prompts (CA-CL, eq. 8).
+
+        Args:
+            encoder: the image-text encoder.
+            names: K class names.
+            prompts: the templates.
+            batch_size: texts encoded at once.
+
+        Returns:
+            ``(K, Q, D)``, unit length, float32; Q is the largest m·n of a class, and shorter lists are padded with
+            zero vectors, which are neutral in eq. 12.
+
+        Raises:
+            ValueError: if a class has no words, or one of its words is one of ``names``.
+        """
+        names = _words(names, "names")
+        for name in names:
+            if name not in self:
+                raise InputError(f"no background words for class {name!r}{did_you_mean(name, self)}")
+        self._refuse_classes({name: self[name] for name in names}, names)
+        return _encode(encoder, [self.texts(name, prompts) for name in names], batch_size)
+
+    @staticmethod
+    def query(name: str, n: int) -> str:
+        """What to ask a large language model for ``n`` background words of a class; :meth:`parse` reads the answer."""
+        return (
+            f"Name {n} things or surfaces that are often seen around or behind a {name} in photos and are neither "
+            f"a {name} nor a part of one. Answer with {n} English words, one a line, the most frequent first."
+        )
+
+    @staticmethod
+    def parse(answer: str) -> tuple[str, ...]:
+        """Read the words out of an answer to :meth:`query`: one a line or with commas, numbered, bulleted or quoted.
+
+        Raises:
+            ValueError: if no word is found.
+
+        Example:
+            >>> BackgroundSet.parse('1. Water\\n2. "pier"\\n- water')
+            ('water', 'pier')
+        """
+        lines = [line for line in answer.splitlines() if line.strip() and not line.rstrip().endswith(":")]
+        parts = (part for line in lines for part in re.split(r"[,;]", re.sub(r"^\s*(\d+\s*[.):]|[-*•])\s*", "", line)))
+        words = (re.sub(r"^and\s+", "", part.strip(" \t.\"'`*\u2018\u2019\u201c\u201d")).lower() for part in parts)
+        found = tuple(dict.fromkeys(word for word in words if word))
+        if not found:
+            raise expected("answer", "a list of words", repr(answer))
+        return found
+
+    @staticmethod
+    def _refuse_classes(words: Mapping[str, Sequence[str]], names: Iterable[str]) -> None:
+        classes = {_key(name): name for name in names}
+        for name, list_ in words.items():
+            for word in list_:
+                if _key(word) in classes:
+                    raise InputError(
+                        f"Background word {word!r} of class {name!r} is the class {classes[_key(word)]!r}: "
+                        "it would suppress that class."
+                    )
+
+
+def _words(words: Iterable[str], argument: str) -> tuple[str, ...]:
+    """A non-empty tuple of non-empty, different strings, or an error that names the argument."""
+    if isinstance(words, str) or not isinstance(words, Iterable):
+        raise InputTypeError(f"Expected `{argument}` to be a list of strings, but got {words!r}.")
+    result = tuple(words)
+    if not result:
+        raise InputError(f"Expected `{argument}` to have at least one entry, but it is empty.")
+    seen = set()
+    for word in result:
+        if not isinstance(word, str):
+            raise InputTypeError(f"Expected `{argument}` to be a list of strings, but it has {word!r}.")
+        if not word.strip():
+            raise InputError(f"Expected `{argument}` to have no empty entry, but it has {word!r}.")
+        if word.lower() in seen:
+            raise InputError(f"Expected `{argument}` to have no duplicates, but {word!r} stands twice.")
+        seen.add(word.lower())
+    return result
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"{next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)!r} stands twice.")
+    return result
+
+
+@torch.no_grad()
+def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
+    """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
+    unique = list(dict.fromkeys(text for list_ in texts for text in list_))
+    chunks = [encoder.encode_text(unique[i : i + batch_size]).float() for i in range(0, len(unique), batch_size)]
+    features = F.normalize(torch.cat(chunks), dim=-1)
+    if features.shape[0] != len(unique) or features.ndim != 2:
+        raise InputError(
+            f"Expected `encoder.encode_text` to return ({len(unique)}, D) for {len(unique)} texts, "
+            f"but got shape {tuple(features.shape)}."
+        )
+    row = {text: i for i, text in enumerate(unique)}
+    result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
+    for k, list_ in enumerate(texts):
+        result[k, : len(list_)] = features[[row[text] for text in list_]]
+    return result
