@@ -6,11 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 from cacl.camnet import CAMNet, CAMOutput
+from cacl.criterion import CACLLoss, CACLTerms
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.losses import (
     BGSuppressionLoss,
-    CACLLoss,
-    CACLTerms,
     ITCLoss,
     RegionLoss,
     bg_suppression_loss,

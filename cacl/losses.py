@@ -1,9 +1,8 @@
-"""The losses of CA-CL (eq. 6-14): image-text contrast, background suppression, region size, and all three wired."""
+"""The three losses of CA-CL (eq. 6-13): image-text contrast, background suppression, region size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,6 @@ from cacl._checks import (
     shape,
 )
 from cacl._features import cosine, full
-from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD, ImageTextEncoder
-from cacl.prompts import BackgroundSet, PromptSet
-from cacl.regions import resize, split_regions
-from cacl.selector import ContextSelector
 
 Reduction = Literal["mean", "sum", "none"]
 ThresholdMode = Literal["soft", "quantile", "fixed"]
@@ -251,141 +246,6 @@ class RegionLoss(nn.Module):
 
     def forward(self, cams: Tensor) -> Tensor:
         return region_loss(cams)
-
-
-class CACLTerms(NamedTuple):
-    """The CA-CL loss and what it is made of; all scalars, only ``total`` … ``region`` with a graph."""
-
-    total: Tensor
-    itc: Tensor
-    bgs: Tensor
-    region: Tensor
-    foreground_similarity: Tensor
-    """Mean cosine of foreground and chosen prompt, s_ff of eq. 7."""
-    background_similarity: Tensor
-    """Mean cosine of background and chosen prompt, s_bf of eq. 7."""
-    pass_rate: Tensor
-    """Share of the background prompts with a similarity of at least θ."""
-
-
-class CACLLoss(nn.Module):
-    """The whole CA-CL loss on images, CAMs and labels (CA-CL, eq. 2-14).
-
-    Texts are encoded here, once; the encoder runs once a call, on foregrounds and backgrounds together. The encoder
-    is frozen and follows ``.to()``, but is no part of ``state_dict()`` or ``parameters()``.
-
-    Args:
-        encoder: the image-text encoder.
-        names: the K class names.
-        prompts: context templates; the paper's four by default.
-        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list knows all ``names``.
-        alpha: weight of the image-text contrastive loss.
-        beta: weight of the background suppression loss; 0 leaves it out.
-        gamma: weight of the region loss.
-        margin: of :class:`ITCLoss`.
-        suppression: a :class:`BGSuppressionLoss` with its threshold mode; θ fixed at 0.26 by default.
-        template: always use this template instead of choosing one for each pair.
-        normalization: ``"encoder"`` re-normalises the images to the encoder's statistics, ``"imagenet"`` leaves them.
-
-    Raises:
-        ValueError: if a setting is out of range, or shapes do not go together.
-        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`.
-    """
-
-    _scale: Tensor
-    _shift: Tensor
-    _background_text: Tensor
-
-    def __init__(
-        self,
-        encoder: ImageTextEncoder,
-        names: Sequence[str],
-        *,
-        prompts: PromptSet | None = None,
-        backgrounds: BackgroundSet | None = None,
-        alpha: float = 40.0,
-        beta: float = 1.0,
-        gamma: float = 0.4,
-        margin: float = 0.5,
-        suppression: BGSuppressionLoss | None = None,
-        template: int | None = None,
-        normalization: Literal["encoder", "imagenet"] = "encoder",
-    ) -> None:
-        super().__init__()
-        for member in ("image_size", "mean", "std", "encode_image", "encode_text"):
-            if not hasattr(encoder, member):
-                raise InputTypeError(
-                    f"Expected argument `encoder` to have `{member}`, but {type(encoder).__name__} lacks it."
-                )
-        for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            check_range(argument, weight, 0, float("inf"))
-        check_choice("normalization", normalization, ("encoder", "imagenet"))
-        if isinstance(encoder, nn.Module):
-            encoder.requires_grad_(False).eval()
-        prompts = PromptSet() if prompts is None else prompts
-        self.names = tuple(names)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self._encoder = (encoder,)  # in a tuple, so that it is no submodule
-        self.itc = ITCLoss(margin)
-        self.bgs = BGSuppressionLoss() if suppression is None else suppression
-        self.region = RegionLoss()
-        mode: Literal["dynamic", "fixed"] = "dynamic" if template is None else "fixed"
-        self.selector = ContextSelector(prompts.encode(encoder, self.names), mode=mode, template=template or 0)
-        if beta > 0:
-            backgrounds = BackgroundSet.built_in(self.names) if backgrounds is None else backgrounds
-            background_text = backgrounds.encode(encoder, self.names, prompts)
-        else:
-            background_text = self.selector.prompt_features[:, :0]
-        self.register_buffer("_background_text", background_text, persistent=False)
-        mean, std = (encoder.mean, encoder.std) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
-        scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
-        shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
-        for name, values in (("_scale", scale), ("_shift", shift)):
-            buffer = torch.tensor(values, device=background_text.device).view(3, 1, 1)
-            self.register_buffer(name, buffer, persistent=False)
-
-    @property
-    def encoder(self) -> ImageTextEncoder:
-        return self._encoder[0]
-
-    def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CACLTerms:
-        """The loss of a batch.
-
-        Args:
-            images: ``(B, 3, H, W)``, normalised with ImageNet's statistics.
-            cams: ``(B, K, h, w)`` in [0, 1].
-            labels: ``(B, K)``, zero or not. On the CPU, so that no step waits for the device.
-        """
-        if labels.ndim != 2 or labels.shape[1] != len(self.names):
-            raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
-        region = self.region(cams)
-        size = self.encoder.image_size
-        small = resize(images, size) * self._scale + self._shift
-        foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
-        pairs = len(classes)
-        if pairs == 0:
-            zero = full(cams).sum() * 0
-            nothing = zero.detach()
-            return CACLTerms(self.gamma * region + zero, zero, zero, region, nothing, nothing, nothing)
-        features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
-        if features.ndim != 2 or len(features) != 2 * pairs:
-            raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
-        foreground, background = features.chunk(2)
-        text = self.selector(foreground, classes).text
-        itc = self.itc(foreground, background, text)
-        bgs = foreground.sum() * 0
-        if self.beta > 0:
-            bgs = self.bgs(foreground, self._background_text[classes], classes)
-        total = self.alpha * itc + self.beta * bgs + self.gamma * region
-        with torch.no_grad():
-            s_ff, s_bf = cosine(foreground, text).mean(), cosine(background, text).mean()
-        return CACLTerms(total, itc, bgs, region, s_ff, s_bf, self.bgs.pass_rate)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
-        if isinstance(self.encoder, nn.Module):
-            self.encoder._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 _REDUCTIONS = ("mean", "sum", "none")
