@@ -16,6 +16,10 @@ class InputTypeError(InputError, TypeError):
     """As :class:`InputError`, where the type is wrong."""
 
 
+class NotFiniteError(RuntimeError):
+    """A loss became NaN or infinite; the message names the step and its images."""
+
+
 def expected(argument: str, wanted: str, got: object) -> InputError:
     """The error for an argument of the right type with a wrong value."""
     return InputError(f"Expected argument `{argument}` to be {wanted}, but got {got}.")

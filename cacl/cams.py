@@ -1,0 +1,260 @@
+"""The CAM stages: warm-up as a classifier, CA-CL training, multi-scale CAMs, and their mean IoU."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cacl._checks import InputError, expected
+from cacl._files import replacing
+from cacl.camnet import CAMNet
+from cacl.criterion import CACLLoss
+from cacl.datasets import Dataset
+from cacl.metrics import Sweep, threshold_sweep
+from cacl.training import Batch, Loop, train
+from cacl.transforms import normalize
+
+
+class ImageCAMs(NamedTuple):
+    """CAMs of the classes that one image shows."""
+
+    classes: NDArray[np.int64]
+    """``(C,)`` class indices from 0."""
+    maps: NDArray[np.float16]
+    """``(C, ⌈H/4⌉, ⌈W/4⌉)`` in [0, 1], each with maximum 1, or all 0 where no score was positive."""
+
+    def resized(self, size: tuple[int, int]) -> NDArray[np.float32]:
+        """``(C, H, W)`` float32, bilinear."""
+        if not len(self.classes):
+            return np.zeros((0, *size), dtype=np.float32)
+        maps = torch.from_numpy(self.maps).float()[None]
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].numpy()
+
+
+def train_classifier(
+    net: CAMNet,
+    dataset: Dataset,
+    loop: Loop,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    weight_decay: float = 1e-4,
+    **run: Any,
+) -> None:
+    """The warm-up: train ``net`` as a multi-label classifier by global average pooling.
+
+    Args:
+        net: trained in place.
+        dataset: images and labels; masks are not opened.
+        loop: the settings of the loop.
+        lr: learning rate of the backbone; the classifier's is ten times that.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        run: ``checkpoint``, ``key``, ``log``, ``callback`` of :func:`cacl.training.train`.
+    """
+    net.train()
+    optimizer = _sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        logits = net.classify(batch.images).float()
+        labels = batch.labels.to(logits.device, non_blocking=True)
+        return {"loss": F.multilabel_soft_margin_loss(logits, labels)}
+
+    train(step, {"net": net}, optimizer, dataset, loop, name="warmup", **run)
+
+
+def train_cacl(
+    net: CAMNet,
+    criterion: CACLLoss,
+    dataset: Dataset,
+    loop: Loop,
+    *,
+    lr: float = 2.5e-4,
+    momentum: float = 0.0,
+    weight_decay: float = 1e-4,
+    threshold_lr: float | None = None,
+    **run: Any,
+) -> None:
+    """CA-CL training (CA-CL, eq. 1-14): ``net`` learns CAMs from the frozen encoder of ``criterion``.
+
+    Args:
+        net: trained in place.
+        criterion: the loss; its θ and template counts are part of the checkpoint.
+        dataset: images and labels; masks are not opened.
+        loop: the settings of the loop.
+        lr: learning rate of the backbone; the classifier's is ten times that.
+        momentum: of SGD.
+        weight_decay: of SGD; none for θ.
+        threshold_lr: η of eq. 11, for a θ that is a parameter; ``lr`` if None.
+        run: ``checkpoint``, ``key``, ``log``, ``callback`` of :func:`cacl.training.train`.
+    """
+    net.train()
+    criterion.train()
+    groups = net.parameter_groups(lr)
+    if thresholds := list(criterion.parameters()):
+        groups.append({"params": thresholds, "lr": lr if threshold_lr is None else threshold_lr, "weight_decay": 0.0})
+    optimizer = _sgd(groups, momentum, weight_decay, loop)
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        terms = criterion(batch.images, net(batch.images).cams, batch.labels)
+        counts = criterion.selector.counts.sum(0)
+        return {
+            "loss": terms.total,
+            **{name: value for name, value in terms._asdict().items() if name != "total"},
+            "threshold": criterion.bgs.threshold.mean(),
+            "template_share": counts / counts.sum().clamp(min=1),
+        }
+
+    train(step, {"net": net, "criterion": criterion}, optimizer, dataset, loop, name="cacl", **run)
+
+
+def make_cams(
+    net: CAMNet,
+    dataset: Dataset,
+    out: Path,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    flip: bool = True,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    keep: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the multi-scale CAMs of every image, one ``<id>.npz`` each; :func:`load_cams` reads them.
+
+    Each file holds ``classes`` (the present classes' indices) and ``maps`` (float16, one a present class, at a
+    quarter of the image's size, maximum 1), and is whole or not there.
+
+    Args:
+        net: the network, on ``device``.
+        dataset: the images and their labels.
+        out: folder of the files.
+        scales: factors of the image's size.
+        flip: add the mirror image's maps.
+        device: where ``net`` is.
+        workers: processes that load images.
+        keep: leave out images that have a file already.
+        progress: show a progress bar where there is a terminal.
+    """
+    paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
+    wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
+    for index, cams in _predict(net, dataset, wanted, scales, flip, device, workers, progress, "cams"):
+        with replacing(paths[index]) as file:
+            np.savez_compressed(file, classes=cams.classes, maps=cams.maps)
+
+
+def load_cams(path: Path, num_classes: int) -> ImageCAMs:
+    """Read a file of :func:`make_cams`.
+
+    Raises:
+        ValueError: if the file is missing or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            classes, maps = arrays["classes"], arrays["maps"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a file of CAMs ({error})") from None
+    if classes.ndim != 1 or maps.ndim != 3 or len(maps) != len(classes):
+        raise InputError(f"{path}: expected classes (C,) and maps (C, h, w), but got {classes.shape} and {maps.shape}")
+    if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
+        raise InputError(f"{path}: expected classes 0 to {num_classes - 1}, but got {classes.tolist()}")
+    return ImageCAMs(classes.astype(np.int64), maps)
+
+
+def evaluate_cams(
+    source: CAMNet | Path,
+    dataset: Dataset,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    flip: bool = True,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: bool = True,
+) -> Sweep:
+    """IoU of CAMs, of the image's labels only, at every background score; images without a mask are left out.
+
+    Args:
+        source: a network, or a folder of :func:`make_cams`.
+        dataset: images, labels and masks.
+        scales: as for :func:`make_cams`; for a network only, like the rest.
+        flip: add the mirror image's maps.
+        device: where the network is.
+        workers: processes that load images.
+        progress: show a progress bar where there is a terminal.
+
+    Raises:
+        ValueError: if no image has a mask.
+    """
+    masked = [i for i, entry in enumerate(dataset.entries) if entry.mask is not None]
+    if not masked:
+        raise expected("dataset", "images with masks", "none with one")
+    num_classes = len(dataset.classes)
+    if isinstance(source, CAMNet):
+        predictions = _predict(source, dataset, masked, scales, flip, device, workers, progress, "evaluate")
+    else:
+        files = ((i, load_cams(source / f"{dataset.entries[i].id}.npz", num_classes)) for i in masked)
+        predictions = tqdm(files, total=len(masked), desc="evaluate", unit="image", disable=None if progress else True)
+
+    def samples() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]]:
+        for index, cams in predictions:
+            mask = dataset.mask(index).numpy()
+            yield mask, cams.classes, cams.resized(mask.shape)
+
+    return threshold_sweep(samples(), num_classes)
+
+
+def _predict(
+    net: CAMNet,
+    dataset: Dataset,
+    indices: Sequence[int],
+    scales: Sequence[float],
+    flip: bool,
+    device: torch.device | str,
+    workers: int,
+    progress: bool,
+    desc: str,
+) -> Iterator[tuple[int, ImageCAMs]]:
+    loader = DataLoader(_Images(dataset, indices), batch_size=None, num_workers=workers, generator=torch.Generator())
+    for index, image in tqdm(loader, desc=desc, unit="image", disable=None if progress else True):
+        if isinstance(image, InputError):
+            raise image
+        classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64)
+        size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
+        images = image[None].to(device, memory_format=torch.channels_last)
+        maps = net.predict(images, scales=scales, flip=flip, size=size)[0][classes]
+        yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())
+
+
+class _Images(torch.utils.data.Dataset[Any]):
+    """(index, normalised image) of some images of a data set."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | InputError]:
+        index = self.indices[position]
+        try:
+            return index, normalize(self.dataset.image(index))
+        except InputError as error:
+            return index, error  # raised by the reader: a worker would wrap it in its traceback
+
+
+def _sgd(groups: list[dict[str, Any]], momentum: float, weight_decay: float, loop: Loop) -> torch.optim.SGD:
+    # Fused on a GPU: gradient scaling then needs no look at the device.
+    fused = torch.device(loop.device).type == "cuda"
+    return torch.optim.SGD(groups, lr=0.1, momentum=momentum, weight_decay=weight_decay, fused=fused)

@@ -1,0 +1,88 @@
+"""The command line: ``cacl run`` and ``cacl check``; errors of the user's making are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cacl
+from cacl._checks import InputError, NotFiniteError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("cacl")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return int(options.command(options))
+    except (InputError, ImportError) as error:
+        print(f"cacl: {error}", file=sys.stderr)
+        return 2
+    except NotFiniteError as error:
+        print(f"cacl: {error}", file=sys.stderr)
+        return 1
+    finally:
+        logger.removeHandler(handler)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from cacl import pipeline
+    from cacl.config import Config
+
+    config = Config.load(options.config, options.set)
+    stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
+    if options.dry_run:
+        print(config.to_toml())
+        print("\n".join(pipeline.plan(config, stages)))
+        return 0
+    result = pipeline.run(config, stages=stages, resume=not options.restart)
+    print(result.summary())
+    print(f"run folder: {result.out}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from cacl import datasets
+    from cacl.config import Config
+
+    path = Path(options.path)
+    if path.is_dir():
+        problems = datasets.check_folder(path, progress=True)
+    else:
+        data = Config.load(options.path, options.set).data
+        problems = datasets.check_folder(data.root, progress=True)
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems")
+    return 2 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cacl", description=cacl.__doc__)
+    parser.add_argument("--version", action="version", version=f"cacl {cacl.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the stages of the chain", description="Run the stages of the chain.")
+    run.add_argument("config", metavar="CONFIG", help="a TOML file, or a preset: voc, coco")
+    run.add_argument("--stages", metavar="A,B", help="only these stages")
+    run.add_argument("--restart", action="store_true", help="do the stages again, from their beginning")
+    run.add_argument("--dry-run", action="store_true", help="print the configuration and the stages, run nothing")
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser(
+        "check", help="open every file of a data set once", description="List every problem of a data set."
+    )
+    check.add_argument("path", metavar="PATH", help="a data set's folder, or a configuration")
+    check.set_defaults(command=_check)
+    for command in (run, check):
+        command.add_argument(
+            "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"
+        )
+    return parser

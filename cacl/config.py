@@ -1,0 +1,253 @@
+"""The configuration: a tree of tables, read from TOML on top of a preset; unknown keys are refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cacl._checks import InputError, did_you_mean
+from cacl.prompts import DEFAULT_TEMPLATES
+
+PRESETS = ("voc", "coco")
+_ASSETS = Path(__file__).with_name("assets")
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    """One table of the TOML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Run(Table):
+    """``[run]``: where, and on what."""
+
+    out: Path = Path("cacl-run")
+    """The run folder."""
+    seed: int = 0
+    device: str = "auto"
+    """A torch device; ``"auto"`` takes a GPU if there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that load images; changes nothing in the result."""
+    checkpoint_seconds: Weight = 60.0
+
+
+class Data(Table):
+    """``[data]``: the images."""
+
+    format: Literal["voc", "csv"]
+    root: Path
+    train: str = "train"
+    """Split that is trained on: images and labels, never a mask."""
+    eval: str = "val"
+    """Split that CAMs are evaluated on where it has masks; empty for none."""
+
+
+class Encoder(Table):
+    """``[encoder]``: the image-text encoder."""
+
+    name: str = "ViT-B/32"
+    """For :func:`cacl.load_encoder`."""
+
+
+class Prompts(Table):
+    """``[prompts]``: the context templates."""
+
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+
+class Backgrounds(Table):
+    """``[backgrounds]``: the background words."""
+
+    n: Positive | None = 5
+    """The first n words of each class; with ``file``, all of them by default."""
+    file: Path | None = None
+    """A JSON object class -> words; the built-in lists by default."""
+
+
+class CAMNetwork(Table):
+    """``[camnet]``: the network."""
+
+    backbone: str = "resnet50"
+    weights: str | None = "DEFAULT"
+    """torchvision's name of the pretrained weights; empty for random ones."""
+
+
+class Training(Table):
+    """What every stage that trains has."""
+
+    epochs: Weight
+    batch_size: Positive = 16
+    lr: Weight
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Weight = 1e-4
+    schedule: Literal["cosine", "poly", "constant"]
+    crop: Annotated[int, Field(ge=16)] = 512
+    scale: tuple[Weight, Weight] = (0.625, 1.25)
+    """Range of the longer side over ``crop``."""
+
+
+class Warmup(Training):
+    """``[warmup]``: the multi-label classifier; 0 epochs start CA-CL from the backbone's own weights."""
+
+    epochs: Weight = 5
+    lr: Weight = 0.1
+    schedule: Literal["cosine", "poly", "constant"] = "poly"
+
+
+class CACL(Training):
+    """``[cacl]``: CA-CL training, under the paper's names."""
+
+    epochs: Weight = 20
+    lr: Weight = 2.5e-4
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    margin: Annotated[float, Field(ge=0, le=2)] = 0.5
+    alpha: Weight = 40.0
+    beta: Weight = 1.0
+    gamma: Weight = 0.4
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.26
+    threshold_mode: Literal["soft", "quantile", "fixed"] = "fixed"
+    threshold_bounds: tuple[float, float] = (0.2, 0.3)
+    threshold_lr: Weight | None = None
+    threshold_quantile: Share = 0.8
+    threshold_momentum: Share = 0.99
+    template: Annotated[int, Field(ge=0)] | None = None
+    """Always this template instead of DCPS."""
+
+
+class CAMs(Table):
+    """``[cams]``: CAMs at inference."""
+
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    flip: bool = True
+
+
+class Config(Table):
+    """The whole configuration; :meth:`load` reads one."""
+
+    run: Run = Run()
+    data: Data
+    encoder: Encoder = Encoder()
+    prompts: Prompts = Prompts()
+    backgrounds: Backgrounds = Backgrounds()
+    camnet: CAMNetwork = CAMNetwork()
+    warmup: Warmup = Warmup()
+    cacl: CACL = CACL()
+    cams: CAMs = CAMs()
+
+    @classmethod
+    def load(cls, source: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
+        """Read a preset (``"voc"``, ``"coco"``) or a TOML file.
+
+        A file may name the preset that it builds on in a top-level key ``base``. Its relative paths are taken from
+        its own folder, those of overrides and presets from the current one.
+
+        Args:
+            source: the preset's name or the file's path.
+            overrides: ``"table.key=value"``, the value as in TOML; what is no TOML value is a string.
+
+        Raises:
+            ValueError: one line that names file, table and key.
+        """
+        name = str(source)
+        tables = _preset(name) if name in PRESETS else _file(Path(name))
+        tables = _merge(tables, _absolute(_overrides(overrides), Path.cwd()))
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise InputError("\n".join(f"{name}: {_line(cls, e)}" for e in error.errors())) from None
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; loads back to an equal one."""
+        lines = []
+        for name, table in self.model_dump(mode="json").items():
+            lines += [f"[{name}]", *(f"{k} = {_value(v)}" for k, v in table.items() if v is not None), ""]
+        return "\n".join(lines)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return _absolute(_toml(_ASSETS / "presets" / f"{name}.toml"), Path.cwd())
+
+
+def _file(path: Path) -> dict[str, Any]:
+    tables = _absolute(_toml(path), path.absolute().parent)
+    base = tables.pop("base", None)
+    if base is None:
+        return tables
+    if base not in PRESETS:
+        raise InputError(f"{path}: base: expected a preset ({', '.join(PRESETS)}), but got {base!r}")
+    return _merge(_preset(base), tables)
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = f" and no preset ({', '.join(PRESETS)})" if len(path.parts) == 1 and not path.suffix else ""
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: expected a TOML file, but {error}") from None
+
+
+def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise InputError(f"Expected an override like cacl.epochs=3, but got {override!r}.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        tables.setdefault(table, {})[name] = value
+    return tables
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
+
+
+def _absolute(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths -> absolute ones."""
+    for table, key in (("run", "out"), ("data", "root"), ("backgrounds", "file")):
+        values = tables.get(table)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = str(folder / Path(values[key]).expanduser())
+    return tables
+
+
+def _line(model: type[BaseModel], error: Any) -> str:
+    """One of pydantic's errors in one line that names table and key."""
+    where = [str(part) for part in error["loc"]]
+    for part in where[:-1]:
+        kind = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            break
+        model = kind
+    name = f"[{where[0]}] {'.'.join(where[1:])}" if len(where) > 1 else f"[{where[0]}]"
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown {'key' if len(where) > 1 else 'table'}{did_you_mean(where[-1], model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{name}: missing"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}: {message}, but got {error['input']!r}"
+
+
+def _value(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists of them are TOML's, but for TOML's inf and DEL.
+    return json.dumps(value, ensure_ascii=True)

@@ -1,0 +1,144 @@
+"""Mean IoU as in PASCAL VOC: one confusion matrix over all pixels of all images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacl._checks import InputError, expected
+
+IGNORE = 255
+"""Mask value of pixels that no loss and no metric looks at."""
+BACKGROUND_SCORE = 0.15
+"""The fixed background score of the reported numbers."""
+SCORES = tuple(round(0.01 * i, 2) for i in range(61))
+"""The background scores of the sweep: 0.00, 0.01, … 0.60."""
+
+
+class ConfusionMatrix:
+    """Pixel counts of (truth, prediction), streamed image by image.
+
+    Args:
+        num_classes: K; masks hold 0 for the background and 1 … K.
+
+    Example:
+        >>> matrix = ConfusionMatrix(1)
+        >>> matrix.update(np.array([[0, 1], [1, 255]]), np.array([[0, 1], [0, 1]]))
+        >>> matrix.iou
+        array([0.5, 0.5])
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.size = num_classes + 1
+        self.counts = np.zeros((self.size, self.size), dtype=np.int64)
+
+    def update(self, truth: NDArray[np.integer], prediction: NDArray[np.integer]) -> None:
+        """Add an image: two integer arrays of one shape; pixels whose truth is 255 are left out.
+
+        Raises:
+            ValueError: if the shapes differ or a value is out of range.
+        """
+        if truth.shape != prediction.shape:
+            raise expected("prediction", f"of the truth's shape {truth.shape}", prediction.shape)
+        valid = truth != IGNORE
+        truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
+        for argument, values in (("truth", truth), ("prediction", prediction)):
+            if values.size and not 0 <= values.min() <= values.max() < self.size:
+                wrong = values[(values < 0) | (values >= self.size)][0]
+                raise expected(argument, f"in [0, {self.size - 1}] or {IGNORE} (ignored)", wrong)
+        self.counts += np.bincount(truth * self.size + prediction, minlength=self.size**2).reshape(self.counts.shape)
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """IoU of background and every class, ``(K + 1,)``; NaN for a class that occurs nowhere."""
+        return _iou(self.counts)
+
+    @property
+    def miou(self) -> float:
+        """Mean of :attr:`iou` over the classes that occur; NaN where there is none."""
+        return _mean(self.iou)
+
+
+class Sweep(NamedTuple):
+    """IoU of CAMs for a row of background scores."""
+
+    scores: tuple[float, ...]
+    iou: NDArray[np.float64]
+    """``(S, K + 1)``."""
+    images: int
+
+    def miou(self, score: float) -> float:
+        """Mean IoU at one of ``scores``."""
+        if score not in self.scores:
+            raise expected("score", "one of the sweep's scores", score)
+        return _mean(self.iou[self.scores.index(score)])
+
+    @property
+    def oracle(self) -> tuple[float, float]:
+        """The best score and its mean IoU: an oracle's, since it looks at the masks."""
+        means = [_mean(row) for row in self.iou]
+        best = int(np.nanargmax(means)) if not np.all(np.isnan(means)) else 0
+        return self.scores[best], means[best]
+
+
+def threshold_sweep(
+    samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
+    num_classes: int,
+    *,
+    scores: Sequence[float] = SCORES,
+) -> Sweep:
+    """IoU of CAMs at all background scores in one pass.
+
+    A pixel is the class of its largest map if that map is above the background score, else background.
+
+    Args:
+        samples: for each image its mask ``(H, W)``, its class indices ``(C,)`` counted from 0, and their maps
+            ``(C, H, W)`` in [0, 1].
+        num_classes: K.
+        scores: background scores, ascending.
+
+    Raises:
+        ValueError: if a shape or value is out of range.
+    """
+    edges = np.asarray(scores, dtype=np.float32)
+    if edges.ndim != 1 or not len(edges) or np.any(np.diff(edges) <= 0):
+        raise expected("scores", "ascending background scores", scores)
+    size, bins = num_classes + 1, len(edges) + 1
+    joint = np.zeros(size * size * bins, dtype=np.int64)  # truth × class of the largest map × scores below it
+    images = 0
+    for truth, classes, maps in samples:
+        if maps.shape != (len(classes), *truth.shape):
+            raise expected("maps", f"of shape {(len(classes), *truth.shape)}", maps.shape)
+        valid = truth != IGNORE
+        values = truth[valid].astype(np.int64)
+        if values.size and values.max() >= size:
+            raise InputError(f"Expected mask values 0 to {num_classes} or 255, but got {values.max()}.")
+        if len(classes):
+            best = maps.argmax(0)[valid]
+            chosen = np.asarray(classes, dtype=np.int64)[best] + 1
+            passed = np.searchsorted(edges, maps.max(0)[valid].astype(np.float32), side="left")
+        else:
+            chosen = passed = np.zeros_like(values)
+        joint += np.bincount((values * size + chosen) * bins + passed, minlength=len(joint))
+        images += 1
+    counts = joint.reshape(size, size, bins)
+    iou = []
+    for i in range(len(edges)):
+        above = counts[:, :, i + 1 :].sum(-1)
+        above[:, 0] += counts[:, :, : i + 1].sum((1, 2))
+        iou.append(_iou(above))
+    return Sweep(tuple(scores), np.stack(iou), images)
+
+
+def _iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    hit = np.diagonal(counts).astype(np.float64)
+    union = counts.sum(0) + counts.sum(1) - hit
+    iou: NDArray[np.float64] = np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0)
+    return iou
+
+
+def _mean(iou: NDArray[np.float64]) -> float:
+    return float(np.nanmean(iou)) if not np.all(np.isnan(iou)) else float("nan")

@@ -1,0 +1,355 @@
+"""The one training loop, for every stage that trains: schedule, precision, log, checkpoint, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cacl._checks import InputError, NotFiniteError, check_choice, expected
+from cacl._files import load_state, load_weights, save_state, write_text
+from cacl.datasets import Dataset
+from cacl.transforms import RandomView
+
+logger = logging.getLogger("cacl")
+
+Record = dict[str, Any]
+Callback = Callable[[Record], None]
+
+
+class Batch(NamedTuple):
+    """A batch as a step gets it."""
+
+    ids: list[str]
+    images: Tensor
+    """``(B, 3, crop, crop)`` float32, normalised with ImageNet's statistics, on the loop's device."""
+    labels: Tensor
+    """``(B, K)`` uint8, on the CPU, so that finding the present pairs waits for no device."""
+    masks: Tensor | None
+    """``(B, crop, crop)`` uint8 on the CPU; None unless the loop was asked for masks."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Settings of :func:`train`.
+
+    Args:
+        epochs: passes over the images; batches run on over the end of a pass, so that none is smaller.
+        batch_size: images a step.
+        view: the augmentation.
+        schedule: factor of the learning rate by the share p of steps done: ``"cosine"`` (1 + cos πp) / 2,
+            ``"poly"`` (1 − p)^0.9, ``"constant"`` 1.
+        seed: of everything that is random.
+        workers: processes that load images; 0 loads in this one. Changes nothing in the result.
+        device: where the modules are.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (with gradient scaling).
+        checkpoint_seconds: time between checkpoints.
+        masks: load masks too.
+        progress: show a progress bar where there is a terminal.
+    """
+
+    epochs: float
+    batch_size: int
+    view: RandomView
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    seed: int = 0
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    checkpoint_seconds: float = 60.0
+    masks: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, _SCHEDULES)
+        check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        if self.epochs < 0 or not math.isfinite(self.epochs):
+            raise expected("epochs", "a number of at least 0", self.epochs)
+        if self.batch_size < 1:
+            raise expected("batch_size", "at least 1", self.batch_size)
+
+    def steps(self, images: int) -> int:
+        return math.ceil(self.epochs * images / self.batch_size)
+
+
+def train(
+    step: Callable[[Batch], Mapping[str, Tensor]],
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    loop: Loop,
+    *,
+    name: str = "train",
+    checkpoint: Path | None = None,
+    key: str = "",
+    log: Log | None = None,
+    callback: Callback | None = None,
+) -> None:
+    """Train ``modules`` in place.
+
+    A run that was stopped goes on from ``checkpoint`` and ends with the same weights, bit for bit on a CPU, as one
+    that was not: what is random about a sample or a step is drawn from (seed, epoch, sample) or (seed, step).
+
+    Args:
+        step: batch -> tensors to log, of which ``"loss"`` is minimised.
+        modules: everything with a state that a step changes; saved and restored. Their mode is left as it is.
+        optimizer: over their parameters, with the learning rates at the start of the schedule.
+        dataset: the training images.
+        loop: the settings.
+        name: the stage, for log, progress bar and messages.
+        checkpoint: file to go on from and to save to; removed by nobody here.
+        key: a checkpoint with another key is of another run and is not used.
+        log: where records go.
+        callback: gets every record.
+
+    Raises:
+        NotFiniteError: if a loss is not finite; the last good checkpoint stays.
+        ValueError: if an image does not decode, or a checkpoint does not fit; names the file.
+    """
+    device = torch.device(loop.device)
+    total = loop.steps(len(dataset))
+    scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    start = _restore(checkpoint, key, modules, optimizer, scaler)
+    if log is not None:
+        log.rewind(name, start)
+
+    def save(done: int) -> None:
+        if checkpoint is None:
+            return
+        states = {k: module.state_dict() for k, module in modules.items()}
+        state = {"modules": states, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_state(checkpoint, {"key": key, "step": done, **state})
+
+    def emit(record: Record) -> None:
+        if log is not None:
+            log.write(record)
+        if callback is not None:
+            callback(record)
+        bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+
+    bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None if loop.progress else True)
+    pending = _Pending(name, emit)
+    saved = clock = time.monotonic()
+    dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
+    with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for number, batch in enumerate(_batches(dataset, loop, start, total), start=start):
+            torch.manual_seed(_mix(loop.seed, "step", number))
+            factor = _SCHEDULES[loop.schedule](number / total)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
+                terms = step(batch)
+            scaler.scale(terms["loss"]).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            now = time.monotonic()
+            record = {
+                "stage": name,
+                "step": number + 1,
+                "epoch": round((number + 1) * loop.batch_size / len(dataset), 4),
+                "lr": _short(optimizer.param_groups[0]["lr"]),
+                "images_per_second": _short(loop.batch_size / max(now - clock, 1e-9)),
+            }
+            clock = now
+            pending.add(record, batch.ids, terms)
+            bar.update()
+            if now - saved > loop.checkpoint_seconds:
+                pending.flush()
+                save(number + 1)
+                saved = time.monotonic()
+        pending.flush()
+        if start < total:
+            save(total)
+
+
+class Log:
+    """``log.jsonl``: a JSON object a line, appended and flushed as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Record) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[Record]:
+        """All whole lines; a line that was cut off by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what ``stage`` wrote after ``step``."""
+        records = self.records()
+        kept = [record for record in records if record.get("stage") != stage or record.get("step", 0) <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if self.path.is_file() and text != self.path.read_text(encoding="utf-8"):
+            write_text(self.path, text)
+
+
+class _Pending:
+    """Values on their way from the device: looked at when they have come, so that no step waits for them."""
+
+    def __init__(self, name: str, emit: Callback, patience: int = 50) -> None:
+        self.name, self.emit, self.patience = name, emit, patience
+        self.queue: deque[tuple[Record, list[str], list[tuple[str, int]], Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, record: Record, ids: list[str], terms: Mapping[str, Tensor]) -> None:
+        flat = torch.cat([value.detach().float().reshape(-1) for value in terms.values()])
+        event = None
+        if flat.is_cuda:
+            flat = flat.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        # One number stays a number, several become a list.
+        sizes = [(key, value.numel() if value.ndim else 0) for key, value in terms.items()]
+        self.queue.append((record, ids, sizes, flat, event))
+        while self.queue and (len(self.queue) > self.patience or self._arrived()):
+            self._pop()
+
+    def flush(self) -> None:
+        while self.queue:
+            self._pop()
+
+    def _arrived(self) -> bool:
+        event = self.queue[0][-1]
+        return event is None or bool(event.query())  # type: ignore[no-untyped-call]
+
+    def _pop(self) -> None:
+        record, ids, sizes, flat, event = self.queue.popleft()
+        if event is not None:
+            event.synchronize()
+        values = iter(flat.tolist())
+        for key, size in sizes:
+            record[key] = [_short(next(values)) for _ in range(size)] if size else _short(next(values))
+        if not math.isfinite(record["loss"]):
+            raise NotFiniteError(
+                f"{self.name}: the loss is {record['loss']} at step {record['step']} (images {', '.join(ids)}); "
+                "the last good checkpoint is kept. A lower learning rate may help."
+            )
+        self.emit(record)
+
+
+class _Views(torch.utils.data.Dataset[Any]):
+    """Augmented samples by (epoch, index)."""
+
+    def __init__(self, dataset: Dataset, loop: Loop) -> None:
+        self.dataset, self.view, self.seed, self.masks = dataset, loop.view, loop.seed, loop.masks
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, index))
+        try:
+            mask = self.dataset.mask(index) if self.masks else None
+            image, mask_view = self.view(self.dataset.image(index), mask, generator=generator)
+        except InputError as error:
+            return error  # raised by the loop: a worker would wrap it in its traceback
+        return self.dataset.entries[index].id, image, self.dataset.labels(index), mask_view
+
+
+def _order(images: int, loop: Loop, start: int, total: int) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, index) keys of each step's batch: one permutation an epoch, drawn from (seed, epoch)."""
+    epoch, order = -1, []
+    for number in range(start, total):
+        keys = []
+        for position in range(number * loop.batch_size, (number + 1) * loop.batch_size):
+            if position // images != epoch:
+                epoch = position // images
+                generator = torch.Generator().manual_seed(_mix(loop.seed, "order", epoch))
+                order = torch.randperm(images, generator=generator).tolist()
+            keys.append((epoch, order[position % images]))
+        yield keys
+
+
+def _batches(dataset: Dataset, loop: Loop, start: int, total: int) -> Iterator[Batch]:
+    device = torch.device(loop.device)
+    loader = DataLoader(
+        _Views(dataset, loop),
+        batch_sampler=_Sampler(len(dataset), loop, start, total),
+        num_workers=loop.workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        yield batch._replace(images=images)
+
+
+class _Sampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    def __init__(self, images: int, loop: Loop, start: int, total: int) -> None:
+        self.arguments = (images, loop, start, total)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return _order(*self.arguments)
+
+
+def _collate(samples: Sequence[Any]) -> Batch | InputError:
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return sample
+    ids, images, labels, masks = zip(*samples, strict=True)
+    return Batch(
+        list(ids), torch.stack(images), torch.stack(labels), torch.stack(masks) if masks[0] is not None else None
+    )
+
+
+def _restore(
+    path: Path | None,
+    key: str,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> int:
+    """Load a checkpoint of this run, if there is one; the number of steps done."""
+    if path is None or not path.is_file():
+        return 0
+    state = load_state(path)
+    if state.get("key") != key:
+        return 0
+    for name, module in modules.items():
+        load_weights(module, state["modules"][name], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    logger.info("going on from step %d of %s", state["step"], path)
+    return int(state["step"])
+
+
+def _mix(*parts: object) -> int:
+    """A seed that depends on all the parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+_SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "poly": lambda done: (1 - done) ** 0.9,
+    "constant": lambda done: 1.0,
+}
