@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +52,7 @@ def check_same_shape(dims: str, **tensors: Tensor) -> None:
 
 def check_classes(classes: Tensor, pairs: int, num_classes: int | None) -> None:
     """Require int64 class indices ``(N,)``; their range is looked at on the CPU only, where it costs no wait."""
-    if not isinstance(classes, Tensor) or classes.dtype.is_floating_point or classes.dtype.is_complex:
+    if not isinstance(classes, Tensor) or classes.dtype not in (torch.int64, torch.int32):
         kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
         raise InputTypeError(f"Expected argument `classes` to be an integer tensor (N,), but got {kind}.")
     if tuple(classes.shape) != (pairs,):
@@ -74,6 +75,25 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise expected(argument, "one of " + ", ".join(f'"{c}"' for c in choices), repr(value))
+
+
+def check_words(argument: str, words: Iterable[str]) -> tuple[str, ...]:
+    """A non-empty tuple of non-empty, different strings, or an error that names the argument."""
+    if isinstance(words, str) or not isinstance(words, Iterable):
+        raise InputTypeError(f"Expected `{argument}` to be a list of strings, but got {words!r}.")
+    result = tuple(words)
+    if not result:
+        raise InputError(f"Expected `{argument}` to have at least one entry, but it is empty.")
+    seen = set()
+    for word in result:
+        if not isinstance(word, str):
+            raise InputTypeError(f"Expected `{argument}` to be a list of strings, but it has {word!r}.")
+        if not word.strip():
+            raise InputError(f"Expected `{argument}` to have no empty entry, but it has {word!r}.")
+        if word.lower() in seen:
+            raise InputError(f"Expected `{argument}` to have no duplicates, but {word!r} stands twice.")
+        seen.add(word.lower())
+    return result
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

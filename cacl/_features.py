@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def full(x: Tensor) -> Tensor:
@@ -13,7 +12,10 @@ def full(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """``(…, D)`` -> the same at length 1; zeros stay zeros."""
-    return F.normalize(full(x), dim=-1)
+    x = full(x)
+    # The length of zeros is taken as 1: 1 / eps as their gradient would be infinite in half precision.
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / length.masked_fill(length < 1e-12, 1)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

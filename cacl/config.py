@@ -69,8 +69,8 @@ class Prompts(Table):
 class Backgrounds(Table):
     """``[backgrounds]``: the background words."""
 
-    n: Positive | None = 5
-    """The first n words of each class; with ``file``, all of them by default."""
+    n: Positive | None = None
+    """The first n words of each class; by default 5 of the built-in lists, and all of a file."""
     file: Path | None = None
     """A JSON object class -> words; the built-in lists by default."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputTypeError, check_choice, check_range, expected, shape
+from cacl._checks import InputTypeError, check_choice, check_range, check_tensor, check_words, expected, shape
 from cacl._features import cosine, full
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD, ImageTextEncoder
 from cacl.losses import BGSuppressionLoss, ITCLoss, RegionLoss
@@ -86,8 +86,14 @@ class CACLLoss(nn.Module):
         check_choice("normalization", normalization, ("encoder", "imagenet"))
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False).eval()
+        if suppression is not None and not isinstance(suppression, BGSuppressionLoss):
+            raise InputTypeError(
+                f"Expected argument `suppression` to be a BGSuppressionLoss, but got {type(suppression).__name__}."
+            )
+        if suppression is not None and suppression.reduction == "none":
+            raise expected("suppression", 'of reduction "sum" or "mean"', "none")
         prompts = PromptSet() if prompts is None else prompts
-        self.names = tuple(names)
+        self.names = check_words("names", names)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self._encoder = (encoder,)  # in a tuple, so that it is no submodule
         self.itc = ITCLoss(margin)
@@ -120,6 +126,13 @@ class CACLLoss(nn.Module):
             cams: ``(B, K, h, w)`` in [0, 1].
             labels: ``(B, K)``, zero or not. On the CPU, so that no step waits for the device.
         """
+        check_tensor("images", images, "(B, 3, H, W)")
+        if images.shape[1] != 3:
+            raise expected("images", "a tensor (B, 3, H, W)", shape(images))
+        if not isinstance(labels, Tensor):
+            raise InputTypeError(
+                f"Expected argument `labels` to be a tensor (B, {len(self.names)}), but got {type(labels).__name__}."
+            )
         if labels.ndim != 2 or labels.shape[1] != len(self.names):
             raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
         region = self.region(cams)

@@ -243,7 +243,7 @@ def check_folder(root: str | PathLike[str], *, progress: bool = False) -> list[s
         problems = list(dict.fromkeys(problem for part in parts for problem in part[1]))
     else:
         raise InputError(f"{root}: no data set here: expected dataset.csv, or ImageSets/Segmentation of PASCAL VOC")
-    return problems + check(Dataset(classes, entries), progress=progress)
+    return list(dict.fromkeys([*problems, *check(Dataset(classes, entries), progress=progress)]))
 
 
 def _no_problems(entries: list[Entry], problems: list[str]) -> list[Entry]:

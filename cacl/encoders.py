@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import sys
 import zipfile
@@ -161,7 +162,8 @@ def _import_clip() -> ModuleType:
 @contextmanager
 def _pkg_resources() -> Iterator[None]:
     """Let ``from pkg_resources import packaging`` work while it is needed, without importing setuptools."""
-    if "clip" in sys.modules or "pkg_resources" in sys.modules:
+    before = sys.modules.get("pkg_resources")
+    if "clip" in sys.modules or getattr(before, "packaging", None):
         yield
         return
     import packaging.version
@@ -172,7 +174,10 @@ def _pkg_resources() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules["pkg_resources"]
+        if before is None:
+            del sys.modules["pkg_resources"]
+        else:
+            sys.modules["pkg_resources"] = before
 
 
 def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, Tensor]:
@@ -186,7 +191,7 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
     folder = Path(root) if root is not None else Path.home() / ".cache" / "clip"
     try:
         return _read_checkpoint(Path(clip.clip._download(models[name], str(folder))))
-    except OSError as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise InputError(
             f"CLIP {name} is not in {folder} and could not be downloaded ({error}); "
             "give the path of its checkpoint instead."
@@ -197,6 +202,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a checkpoint, read without unpickling code."""
     try:
         if _is_torchscript(path):
+            _refuse_code(path)
             state = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -206,6 +212,14 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
     return state
+
+
+def _refuse_code(path: Path) -> None:
+    """``torch.jit.load`` runs every ``__setstate__`` of an archive, and TorchScript can write files."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    for record in reader.get_all_records():
+        if record.startswith("code/") and b"__setstate__" in reader.get_record(record):
+            raise ValueError(f"{record} has code that would run while it is loaded")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -222,7 +236,7 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     missing = [key for key in needed if key not in state]
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
-    vocabulary, tokens = state["token_embedding.weight"].shape[0], 49408
+    vocabulary, tokens = next(iter(state["token_embedding.weight"].shape), 0), 49408
     if vocabulary < tokens:
         raise InputError(f"{name}: CLIP's tokenizer has {tokens} tokens, but the checkpoint knows {vocabulary}.")
     try:

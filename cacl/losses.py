@@ -213,7 +213,7 @@ class BGSuppressionLoss(nn.Module):
         if self.num_classes is not None:
             assert classes is not None
             mine = classes == torch.arange(self.num_classes, device=classes.device)[:, None]
-            seen = seen.where(mine[:, :, None], float("nan"))  # (K, N, Q)
+            seen = seen.masked_fill(~mine[:, :, None], float("nan"))  # (K, N, Q)
         now = seen.flatten(1).nanquantile(self.quantile, dim=1).view_as(self.theta).to(self.theta.dtype)
         self.theta.lerp_(now.where(~now.isnan(), self.theta), 1 - self.momentum)
 
@@ -281,6 +281,8 @@ def _suppress(
     """Loss and pass rate of eq. 9-12."""
     _check_background(foreground, background_text)
     check_choice("reduction", reduction, _REDUCTIONS)
+    if isinstance(threshold, Tensor) and threshold.shape not in ((), (1,), (1, 1), (len(foreground), 1)):
+        raise expected("threshold", f"a number or a tensor ({len(foreground)}, 1)", shape(threshold))
     similarity, real = _similarity(foreground, background_text)
     passing = (similarity >= threshold) & real
     prompts = real.sum().clamp(min=1)

@@ -81,7 +81,7 @@ def run(
     for stage in wanted:
         check_choice("stages", stage, STAGES)
     session = _Session(config, encoder, backbone, callback)
-    session.prepare()
+    session.prepare(wanted)
     for name, body in STAGES.items():
         if name in wanted:
             session.do(name, body, resume=resume)
@@ -156,7 +156,9 @@ class _Session:
         encoder = self.given_encoder
         if encoder is None:
             encoder = load_encoder(self.config.encoder.name)
-        return encoder.to(self.device) if isinstance(encoder, nn.Module) else encoder
+        if isinstance(encoder, nn.Module):
+            encoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return encoder
 
     @cached_property
     def log(self) -> Log:
@@ -176,8 +178,18 @@ class _Session:
             load_weights(net, load_state(path), path)
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
+    @cached_property
+    def backgrounds(self) -> BackgroundSet | None:
+        words, names = self.config.backgrounds, self.train.classes
+        if self.config.cacl.beta == 0:
+            return None
+        if words.file is None:
+            return BackgroundSet.built_in(names, words.n or 5)
+        return BackgroundSet.from_json(words.file, words.n)
+
+    @cached_property
     def criterion(self) -> CACLLoss:
-        table, words = self.config.cacl, self.config.backgrounds
+        table = self.config.cacl
         suppression = BGSuppressionLoss(
             table.threshold,
             mode=table.threshold_mode,
@@ -185,12 +197,11 @@ class _Session:
             quantile=table.threshold_quantile,
             momentum=table.threshold_momentum,
         )
-        names = self.train.classes
         criterion = CACLLoss(
             self.encoder,
-            names,
+            self.train.classes,
             prompts=PromptSet(self.config.prompts.templates),
-            backgrounds=_backgrounds(words.file, words.n, names) if table.beta > 0 else None,
+            backgrounds=self.backgrounds,
             alpha=table.alpha,
             beta=table.beta,
             gamma=table.gamma,
@@ -214,8 +225,8 @@ class _Session:
             checkpoint_seconds=run.checkpoint_seconds,
         )
 
-    def prepare(self) -> None:
-        """Check the data once, and write down the configuration."""
+    def prepare(self, stages: Sequence[str]) -> None:
+        """Check settings and data before the first step, and write down the configuration."""
         datasets = {self.config.data.train: self.train}
         if self.eval is not None:
             datasets[self.config.data.eval] = self.eval
@@ -233,6 +244,8 @@ class _Session:
         except OSError as error:
             raise InputError(f"{self.out}: expected a folder to write to, but {error.strerror or error}") from None
         self.keys["data"] = _hash(keys[self.config.data.train], keys.get(self.config.data.eval))
+        if "cacl" in stages and not self.finished("cacl"):
+            _ = self.criterion  # a wrong encoder or prompt shows now, and not after the warm-up
 
     def do(self, name: str, body: _Body, *, resume: bool) -> None:
         """One stage, unless it is finished."""
@@ -240,7 +253,7 @@ class _Session:
         path = self.out / name / "stage.json"
         state = read_json(path)
         same = resume and state.get("key") == key
-        if same and state.get("finished"):
+        if same and self.finished(name):
             logger.info("%s: finished before, nothing to do", name)
             return
         if state and not same:
@@ -262,17 +275,19 @@ class _Session:
             if name == "warmup":
                 mine = [config.warmup, config.camnet, _identity(self.given_backbone), self.keys["data"]]
             elif name == "cacl":
-                words = config.backgrounds.file and config.backgrounds.file.read_bytes()
-                mine = [config.cacl, config.encoder, config.prompts, config.backgrounds, words]
+                words = self.backgrounds and {name: self.backgrounds.get(name) for name in self.train.classes}
+                mine = [config.cacl, config.encoder, config.prompts, words]
                 mine += [_identity(self.given_encoder), self.key("warmup")]
             else:
                 mine = [config.cams, self.key("cacl")]
             self.keys[name] = _hash(*common, *mine)
         return self.keys[name]
 
+    def finished(self, stage: str) -> bool:
+        return read_json(self.out / stage / "stage.json") == {"key": self.key(stage), "finished": True}
+
     def needs(self, stage: str) -> None:
-        state = read_json(self.out / stage / "stage.json")
-        if not state.get("finished") or state.get("key") != self.key(stage):
+        if not self.finished(stage):
             raise InputError(f"{self.out}: the stage {stage!r} has not finished with these settings; run it first")
 
     def report(self, name: str, split: str, sweep: Sweep) -> None:
@@ -321,7 +336,7 @@ def _cacl(session: _Session, folder: Path, run: dict[str, Any]) -> None:
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
     train_cacl(
         net,
-        session.criterion(),
+        session.criterion,
         session.train,
         session.loop(table),
         threshold_lr=table.threshold_lr,
@@ -356,10 +371,6 @@ def _cams(session: _Session, folder: Path, run: dict[str, Any]) -> None:
 
 STAGES: dict[str, _Body] = {"warmup": _warmup, "cacl": _cacl, "cams": _cams}
 """The stages in their order."""
-
-
-def _backgrounds(file: Path | None, n: int | None, names: Sequence[str]) -> BackgroundSet:
-    return BackgroundSet.from_json(file, n) if file is not None else BackgroundSet.built_in(names, n or 5)
 
 
 def _hash(*parts: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._checks import InputError, InputTypeError, did_you_mean, expected
+from cacl._checks import InputError, InputTypeError, check_words, did_you_mean, expected
 
 if TYPE_CHECKING:
     from cacl.encoders import ImageTextEncoder
@@ -39,7 +39,7 @@ class PromptSet(Sequence[str]):
     """
 
     def __init__(self, templates: Iterable[str] = DEFAULT_TEMPLATES) -> None:
-        self._templates = _words(templates, "templates")
+        self._templates = check_words("templates", templates)
         for template in self._templates:
             if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
                 raise InputError(f"Expected each of `templates` to have exactly one {{}}, but got {template!r}.")
@@ -78,7 +78,7 @@ class PromptSet(Sequence[str]):
         Returns:
             ``(K, m, D)``, unit length, float32.
         """
-        return _encode(encoder, [self.texts(name) for name in _words(names, "names")], batch_size)
+        return _encode(encoder, [self.texts(name) for name in check_words("names", names)], batch_size)
 
 
 class BackgroundSet(Mapping[str, tuple[str, ...]]):
@@ -106,9 +106,18 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             raise InputTypeError(f"Expected argument `words` to be a mapping, but got {type(words).__name__}.")
         if not words:
             raise expected("words", "a mapping with at least one class", "an empty one")
-        self._words = {name: _words(list_, f"words[{name!r}]") for name, list_ in words.items()}
+        self._words = {name: check_words(f"words[{name!r}]", list_) for name, list_ in words.items()}
         self._names = {_key(name): name for name in self._words}
-        self._refuse_classes(self._words, self._words)
+        if len(self._names) < len(self._words):
+            twice = next(name for name in self._words if self._names[_key(name)] != name)
+            raise InputError(f"{twice!r} and {self._names[_key(twice)]!r} in `words` are the same class.")
+        for name, list_ in self._words.items():
+            for word in list_:
+                if _key(word) in self._names:
+                    raise InputError(
+                        f"Background word {word!r} of class {name!r} is the class {self._names[_key(word)]!r}: "
+                        "it would suppress that class."
+                    )
 
     @classmethod
     def voc(cls, n: int = 5) -> BackgroundSet:
@@ -136,7 +145,10 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
                 if len(list_) < n:
                     raise expected("n", f"at most {len(list_)}, the number of words for {name!r} in {path}", n)
             words = {name: list_[:n] for name, list_ in words.items()}
-        return cls(words)
+        try:
+            return cls(words)
+        except InputError as error:
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
     def built_in(cls, names: Sequence[str], n: int = 5) -> BackgroundSet:
@@ -186,13 +198,12 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             zero vectors, which are neutral in eq. 12.
 
         Raises:
-            ValueError: if a class has no words, or one of its words is one of ``names``.
+            ValueError: if a class has no words.
         """
-        names = _words(names, "names")
+        names = check_words("names", names)
         for name in names:
             if name not in self:
                 raise InputError(f"no background words for class {name!r}{did_you_mean(name, self)}")
-        self._refuse_classes({name: self[name] for name in names}, names)
         return _encode(encoder, [self.texts(name, prompts) for name in names], batch_size)
 
     @staticmethod
@@ -215,42 +226,14 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             ('water', 'pier')
         """
         lines = [line for line in answer.splitlines() if line.strip() and not line.rstrip().endswith(":")]
-        parts = (part for line in lines for part in re.split(r"[,;]", re.sub(r"^\s*(\d+\s*[.):]|[-*•])\s*", "", line)))
-        words = (re.sub(r"^and\s+", "", part.strip(" \t.\"'`*\u2018\u2019\u201c\u201d")).lower() for part in parts)
+        parts = (
+            part for line in lines for part in re.split(r"[,;]", re.sub(r"^\s*(\(?\d+\s*[.):]|[-*•–—+])\s*", "", line))
+        )
+        words = (re.sub(r"^and\s+", "", part.strip(" \t.\"'`*[]\u2018\u2019\u201c\u201d")).lower() for part in parts)
         found = tuple(dict.fromkeys(word for word in words if word))
         if not found:
             raise expected("answer", "a list of words", repr(answer))
         return found
-
-    @staticmethod
-    def _refuse_classes(words: Mapping[str, Sequence[str]], names: Iterable[str]) -> None:
-        classes = {_key(name): name for name in names}
-        for name, list_ in words.items():
-            for word in list_:
-                if _key(word) in classes:
-                    raise InputError(
-                        f"Background word {word!r} of class {name!r} is the class {classes[_key(word)]!r}: "
-                        "it would suppress that class."
-                    )
-
-
-def _words(words: Iterable[str], argument: str) -> tuple[str, ...]:
-    """A non-empty tuple of non-empty, different strings, or an error that names the argument."""
-    if isinstance(words, str) or not isinstance(words, Iterable):
-        raise InputTypeError(f"Expected `{argument}` to be a list of strings, but got {words!r}.")
-    result = tuple(words)
-    if not result:
-        raise InputError(f"Expected `{argument}` to have at least one entry, but it is empty.")
-    seen = set()
-    for word in result:
-        if not isinstance(word, str):
-            raise InputTypeError(f"Expected `{argument}` to be a list of strings, but it has {word!r}.")
-        if not word.strip():
-            raise InputError(f"Expected `{argument}` to have no empty entry, but it has {word!r}.")
-        if word.lower() in seen:
-            raise InputError(f"Expected `{argument}` to have no duplicates, but {word!r} stands twice.")
-        seen.add(word.lower())
-    return result
 
 
 def _key(name: str) -> str:
@@ -267,6 +250,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 @torch.no_grad()
 def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise expected("batch_size", "a positive integer", repr(batch_size))
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
     chunks = [encoder.encode_text(unique[i : i + batch_size]).float() for i in range(0, len(unique), batch_size)]
     features = F.normalize(torch.cat(chunks), dim=-1)

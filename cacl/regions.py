@@ -88,6 +88,4 @@ def resize(images: Tensor, size: int) -> Tensor:
     """``(N, C, H, W)`` -> ``(N, C, size, size)``, bilinear."""
     if images.shape[-2:] == (size, size):
         return images
-    if len(images) == 0:
-        return images.new_zeros(0, images.shape[1], size, size)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

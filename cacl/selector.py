@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import check_choice, check_classes, check_tensor, expected, shape
+from cacl._checks import InputTypeError, check_choice, check_classes, check_tensor, expected, shape
 from cacl._features import cosine, unit
 
 
@@ -54,6 +54,8 @@ class ContextSelector(nn.Module):
         check_tensor("prompt_features", prompt_features, "(K, m, D)")
         check_choice("mode", mode, ("dynamic", "fixed"))
         templates = prompt_features.shape[1]
+        if isinstance(template, bool) or not isinstance(template, int):
+            raise InputTypeError(f"Expected argument `template` to be an integer, but got {type(template).__name__}.")
         if not 0 <= template < templates:
             raise expected("template", f"in [0, {templates - 1}]", template)
         self.mode = mode

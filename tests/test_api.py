@@ -1,0 +1,146 @@
+"""What users build on stays as it is: public names, signatures, a light import, examples that run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cacl
+
+# A changed line here is a change that users notice: write it into CHANGELOG.md.
+API = """
+DEFAULT_TEMPLATES = ('a photo of {}.', 'an image of {}.', 'a picture of {}.', 'a snapshot of {}.')
+BGSuppressionLoss(threshold: float = 0.26, *, mode: ThresholdMode = 'fixed', bounds: tuple[float, float] = (0.2,
+    0.3), temperature: float = 0.01, quantile: float = 0.8, momentum: float = 0.99, num_classes: int | None = None,
+    reduction: Reduction = 'sum') -> None
+BGSuppressionLoss.threshold
+BGSuppressionLoss.forward(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None = None) ->
+    Tensor
+BackgroundSet(words: Mapping[str, Sequence[str]]) -> None
+BackgroundSet.voc(n: int = 5) -> BackgroundSet
+BackgroundSet.coco(n: int = 5) -> BackgroundSet
+BackgroundSet.from_json(path: str | PathLike[str], n: int | None = None) -> BackgroundSet
+BackgroundSet.built_in(names: Sequence[str], n: int = 5) -> BackgroundSet
+BackgroundSet.texts(self, name: str, prompts: PromptSet) -> list[str]
+BackgroundSet.encode(self, encoder: ImageTextEncoder, names: Sequence[str], prompts: PromptSet, *, batch_size: int =
+    256) -> Tensor
+BackgroundSet.query(name: str, n: int) -> str
+BackgroundSet.parse(answer: str) -> tuple[str, ...]
+CACLLoss(encoder: ImageTextEncoder, names: Sequence[str], *, prompts: PromptSet | None = None, backgrounds:
+    BackgroundSet | None = None, alpha: float = 40.0, beta: float = 1.0, gamma: float = 0.4, margin: float = 0.5,
+    suppression: BGSuppressionLoss | None = None, template: int | None = None, normalization: Literal['encoder',
+    'imagenet'] = 'encoder') -> None
+CACLLoss.encoder
+CACLLoss.forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CACLTerms
+CACLTerms(total, itc, bgs, region, foreground_similarity, background_similarity, pass_rate)
+CAMNet(num_classes: int = 20, *, backbone: str | nn.Module = 'resnet50', weights: str | None = 'DEFAULT') -> None
+CAMNet.forward(self, images: Tensor) -> CAMOutput
+CAMNet.classify(self, images: Tensor) -> Tensor
+CAMNet.scores(self, images: Tensor) -> Tensor
+CAMNet.predict(self, images: Tensor, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool = True, size:
+    tuple[int, int] | None = None, activation: Literal['relu', 'sigmoid'] = 'relu') -> Tensor
+CAMNet.parameter_groups(self, lr: float, *, head_factor: float = 10.0) -> list[dict[str, object]]
+CAMOutput(cams, scores)
+ContextSelector(prompt_features: Tensor, *, mode: Literal['dynamic', 'fixed'] = 'dynamic', template: int = 0) ->
+    None
+ContextSelector.forward(self, foreground: Tensor, classes: Tensor) -> Selection
+ITCLoss(margin: float = 0.5, *, reduction: Reduction = 'mean') -> None
+ITCLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor) -> Tensor
+ImageTextEncoder: image_size, mean, std
+ImageTextEncoder.encode_image(self, images: Tensor) -> Tensor
+ImageTextEncoder.encode_text(self, texts: Sequence[str]) -> Tensor
+PromptSet(templates: Iterable[str] = ('a photo of {}.', 'an image of {}.', 'a picture of {}.', 'a snapshot of {}.'))
+    -> None
+PromptSet.texts(self, name: str) -> list[str]
+PromptSet.encode(self, encoder: ImageTextEncoder, names: Sequence[str], *, batch_size: int = 256) -> Tensor
+RegionLoss()
+RegionLoss.forward(self, cams: Tensor) -> Tensor
+Regions(foreground, background, image_index, class_index)
+Selection(text, index, similarity)
+bg_suppression_loss(foreground: Tensor, background_text: Tensor, threshold: Tensor | float = 0.26, *, temperature:
+    float | None = None, reduction: Reduction = 'sum') -> Tensor
+itc_loss(foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction =
+    'mean') -> Tensor
+load_encoder(name: str | PathLike[str] = 'ViT-B/32', *, device: torch.device | str | None = None, root: str |
+    PathLike[str] | None = None) -> ImageTextEncoder
+pipeline
+present_pairs(labels: Tensor) -> tuple[Tensor, Tensor]
+region_loss(cams: Tensor) -> Tensor
+split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 224) -> Regions
+"""
+
+
+def signature(function: object) -> str:
+    """The signature with its annotations as they are written in the source."""
+    return re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", str(inspect.signature(function)))
+
+
+def described(name: str) -> list[str]:
+    """A line for the name and one for each public member that its class defines."""
+    if name == "pipeline":  # a module; looking at it would import it
+        return ["pipeline"]
+    thing = getattr(cacl, name)
+    if not callable(thing):
+        return [f"{name} = {thing!r}"]
+    if hasattr(thing, "_fields"):
+        return [f"{name}({', '.join(thing._fields)})"]
+    if not inspect.isclass(thing):
+        return [name + signature(thing)]
+    if getattr(thing, "_is_protocol", False):
+        lines = [f"{name}: {', '.join(thing.__annotations__)}"]
+    else:
+        lines = [name + (signature(thing) if "__init__" in vars(thing) else "()")]
+    for member, value in vars(thing).items():
+        if isinstance(value, property):
+            lines.append(f"{name}.{member}")
+        elif not member.startswith("_") and member != "extra_repr":
+            lines.append(f"{name}.{member}{signature(getattr(thing, member))}")
+    return lines
+
+
+def test_public_names_and_signatures():
+    wanted = re.sub(r"\n +", " ", API).strip().splitlines()
+    assert [line for name in cacl.__all__ for line in described(name)] == wanted
+
+
+def test_all_is_sorted_and_without_doubles():
+    assert len(set(cacl.__all__)) == len(cacl.__all__)
+    assert set(cacl.__all__) - {"pipeline"} <= set(vars(cacl))
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="module 'cacl' has no attribute 'itc'"):
+        _ = cacl.itc
+
+
+def test_import_is_light():
+    heavy = "clip", "open_clip", "pydensecrf", "matplotlib", "pydantic", "scipy", "torchvision", "torchvision.models"
+    code = f"import sys, cacl; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "[]\n", result.stderr
+
+
+MODULES = [
+    "cacl",
+    *(f"cacl.{module.name}" for module in pkgutil.iter_modules(cacl.__path__) if module.name != "__main__"),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    assert failed == 0
+
+
+def test_the_building_blocks_have_examples():
+    finder = doctest.DocTestFinder()
+    for name in ("losses", "prompts", "selector", "regions", "camnet"):
+        assert any(test.examples for test in finder.find(importlib.import_module(f"cacl.{name}"))), name

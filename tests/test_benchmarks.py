@@ -1,0 +1,72 @@
+"""The benchmarks run, and measure what they say they measure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from cacl import BackgroundSet, PromptSet
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_step_runs_and_writes_its_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    command = [sys.executable, BENCHMARKS / "step.py", "--model", "tiny", "--repeats", "1", "--threads", "1"]
+    done = subprocess.run([*command, "--json", file], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["relative_error"].keys() == {"loss", "gradient"}
+    assert max(result["relative_error"].values()) < 1e-4
+    assert list(result["steps"]) == ["encoder", "cacl", "naive"]
+    for row in result["steps"].values():
+        assert row.keys() == {"ms", "GFLOP", "GB", "GFLOP/s", "GB/s"}
+        assert min(row.values()) > 0
+    gflop = {name: row["GFLOP"] for name, row in result["steps"].items()}
+    assert gflop["cacl"] == gflop["encoder"]  # two images a pair, no text, no gradient of a weight
+    assert gflop["naive"] > 4 * gflop["cacl"]
+    assert result["ratios"].keys() == {"cacl/encoder", "naive/cacl"}
+    assert [(cell["m"], cell["n"]) for cell in result["grid"]] == [(m, n) for m in (1, 4, 8) for n in (3, 5, 7)]
+    for line in ("cacl/encoder", "naive/cacl", "m = 8"):
+        assert line in done.stdout
+
+
+def test_step_naive_equals_cacl_in_float64() -> None:
+    step = load("step")
+    torch.manual_seed(6)  # both templates get chosen; some background words pass the threshold, some do not
+    encoder = step.build_encoder("tiny")
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = nn.LayerNorm  # CLIP's own computes in float32
+    loss = step.build_loss(encoder, m=2, n=3).double()
+    images, cams, labels = step.random_batch(3, 5, "cpu")
+    images, cams = images.double(), cams.detach().double().requires_grad_()
+    terms = loss(images, cams, labels)
+    reference = step.naive(encoder.model, images, cams, labels, PromptSet(step.TEMPLATES[:2]), BackgroundSet.voc(3))
+    assert 0 < terms.pass_rate < 1
+    torch.testing.assert_close(terms.total, reference, rtol=1e-6, atol=0)
+    gradient, expected = (torch.autograd.grad(value, cams)[0] for value in (terms.total, reference))
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_step_times_nothing_when_naive_and_cacl_differ() -> None:
+    step = load("step")
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    steps = {"encoder": lambda: (one, one), "cacl": lambda: (one, one), "naive": lambda: (one, two)}
+    with pytest.raises(SystemExit, match="cacl and naive differ"):
+        step.measure(steps, 1, "cpu")

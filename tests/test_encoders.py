@@ -1,0 +1,332 @@
+"""Encoders: reading CLIP checkpoints without running what is in them, and open_clip behind the same protocol."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cacl import ImageTextEncoder, load_encoder
+
+TEXTS = ["a photo of cat.", "a picture of dining table."]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(clip_state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
+    torch.save(clip_state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_model(clip_state):
+    from clip.model import build_model
+
+    return build_model(dict(clip_state)).float()
+
+
+@pytest.fixture
+def loaded(checkpoint):
+    return load_encoder(checkpoint)
+
+
+def test_satisfies_the_protocol(loaded, encoder):
+    assert isinstance(loaded, ImageTextEncoder)
+    assert isinstance(encoder, ImageTextEncoder)
+    assert not isinstance(nn.Linear(1, 1), ImageTextEncoder)
+    assert loaded.image_size == 32
+    assert loaded.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert loaded.std == (0.26862954, 0.26130258, 0.27577711)
+
+
+def test_features_are_clip_s_own(loaded, clip_model, randn):
+    import clip
+
+    images = randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode_image(images), clip_model.encode_image(images))
+        torch.testing.assert_close(loaded.encode_text(TEXTS), clip_model.encode_text(clip.tokenize(TEXTS)))
+
+
+def test_images_are_differentiable_texts_and_weights_are_not(loaded, randn):
+    images = randn(2, 3, 32, 32).requires_grad_()
+    loaded.encode_image(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in loaded.parameters())
+    assert not loaded.encode_text(TEXTS).requires_grad
+
+
+def test_stays_in_evaluation_mode_and_float32(loaded):
+    assert loaded.train() is loaded
+    assert not any(module.training for module in loaded.modules())
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_device_and_path_as_text(checkpoint):
+    encoder = load_encoder(str(checkpoint), device="cpu")
+    assert {parameter.device.type for parameter in encoder.parameters()} == {"cpu"}
+
+
+def test_torchscript_archive(clip_model, loaded, tmp_path, randn):
+    example = {"encode_image": torch.zeros(1, 3, 32, 32), "encode_text": torch.zeros(1, 77, dtype=torch.int64)}
+    torch.jit.trace_module(clip_model, example, check_trace=False).save(str(tmp_path / "tiny.pt"))
+    encoder = load_encoder(tmp_path / "tiny.pt")
+    assert type(encoder) is type(loaded)
+    images = randn(1, 3, 32, 32)
+    assert torch.equal(encoder.encode_image(images), loaded.encode_image(images))
+
+
+def test_a_text_that_is_too_long(loaded):
+    with pytest.raises(ValueError, match="too long for context length 77"):
+        loaded.encode_text(["a photo of " + "very " * 80 + "old cat."])
+
+
+# Files that are no CLIP checkpoint
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class SavesWhenLoaded(nn.Module):
+    """TorchScript that writes a file when torch.jit.load restores it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+        self.weight = state[0]
+        self.path = state[1]
+        self.training = state[2]
+        torch.save(self.weight, self.path)
+
+
+def refused(path):
+    """The message of the error that ``path`` gives."""
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as error:
+        load_encoder(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "torchscript"])
+def test_nothing_in_a_checkpoint_is_run(tmp_path, kind):
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    state = {"positional_embedding": Payload(trace)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+    if kind == "torchscript":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("model/constants.pkl", pickle.dumps(()))
+    assert "not a CLIP checkpoint (nothing in it was run)" in refused(path)
+    assert not trace.exists()
+
+
+def test_no_torchscript_is_run(tmp_path):
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    torch.jit.script(SavesWhenLoaded(str(trace))).save(str(path))
+    trace.unlink(missing_ok=True)
+    refused(path)
+    assert not trace.exists()
+
+
+def test_a_truncated_file(checkpoint, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(checkpoint.read_bytes()[:10_000])
+    assert "not a CLIP checkpoint" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"a photo of a cat"])
+def test_a_file_of_something_else(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    assert "not a CLIP checkpoint" in refused(path)
+
+
+@pytest.mark.parametrize("entry", ["readme.txt", "model/constants.pkl"])
+def test_a_zip_of_something_else(tmp_path, entry):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(entry, "hello")
+    assert "not a CLIP checkpoint" in refused(path)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"epoch": 3}])
+def test_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "expected a state dict (name -> tensor) of a CLIP model" in refused(tmp_path / "model.pt")
+
+
+def test_the_state_dict_of_another_model(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    assert "expected the state dict of a CLIP model, but it has no 'positional_embedding'." in refused(path)
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "visual.ln_pre.weight", "transformer.resblocks.0.ln_1.bias"])
+def test_a_parameter_is_missing(clip_state, tmp_path, name):
+    path = tmp_path / "model.pt"
+    torch.save({key: value for key, value in clip_state.items() if key != name}, path)
+    assert "its parameters do not make a CLIP model" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["token_embedding.weight", "ln_final.weight", "positional_embedding"])
+def test_a_parameter_of_another_shape(clip_state, tmp_path, name):
+    path = tmp_path / "model.pt"
+    torch.save({**clip_state, name: torch.tensor(1.0)}, path)
+    refused(path)
+
+
+def test_a_small_vocabulary(clip_state, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({**clip_state, "token_embedding.weight": torch.zeros(100, 64)}, path)
+    assert "CLIP's tokenizer has 49408 tokens, but the checkpoint knows 100." in refused(path)
+
+
+# Names
+
+
+@pytest.mark.parametrize(("name", "hint"), [("ViT-B-32", '; did you mean "ViT-B/32"?'), ("absent/model.pt", "")])
+def test_unknown_names(name, hint):
+    with pytest.raises(ValueError, match="or the path of a checkpoint, but got " + re.escape(repr(name) + hint)):
+        load_encoder(name)
+
+
+def test_a_name_is_looked_up_in_root(monkeypatch, checkpoint, loaded, tmp_path):
+    import clip
+
+    def download(url, folder):
+        assert "ViT-B-32" in url
+        return shutil.copy(checkpoint, folder)
+
+    monkeypatch.setattr(clip.clip, "_download", download)
+    assert load_encoder(root=tmp_path).image_size == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("the SHA256 checksum does not match")])
+def test_a_download_that_fails(monkeypatch, loaded, tmp_path, error):
+    import clip
+
+    def download(url, folder):
+        raise error
+
+    monkeypatch.setattr(clip.clip, "_download", download)
+    text = f"CLIP ViT-B/32 is not in {tmp_path} and could not be downloaded ({error}); give the path of its checkpoint"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_encoder("ViT-B/32", root=tmp_path)
+
+
+# open_clip
+
+
+class OpenModel(nn.Module):
+    """What this package uses of an open_clip model."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 4).half()
+        self.visual = SimpleNamespace(image_size=(24, 24), image_mean=(0.5, 0.5, 0.5), image_std=None)
+
+    def encode_image(self, images):
+        return self.head(images.mean((2, 3)))
+
+    def encode_text(self, tokens):
+        return self.head(tokens)
+
+
+@pytest.fixture
+def open_clip(monkeypatch):
+    module = ModuleType("open_clip")
+    module.list_models = lambda: ["ViT-B-32", "RN50"]
+    module.create_model = lambda name, pretrained, cache_dir: OpenModel()
+    module.get_tokenizer = lambda name: lambda texts: torch.ones(len(texts), 3)
+    monkeypatch.setitem(sys.modules, "open_clip", module)
+    return module
+
+
+def test_open_clip(open_clip):
+    encoder = load_encoder("open_clip:ViT-B-32/laion2b")
+    assert isinstance(encoder, ImageTextEncoder)
+    assert encoder.image_size == 24
+    assert encoder.mean == (0.5, 0.5, 0.5)
+    assert encoder.std == (0.26862954, 0.26130258, 0.27577711)
+    assert encoder.encode_text(TEXTS).shape == (2, 4)
+    assert encoder.encode_image(torch.zeros(1, 3, 24, 24)).dtype == torch.float32
+
+
+def test_open_clip_names(open_clip):
+    with pytest.raises(ValueError, match=r"Expected an encoder name like open_clip:.*, but got 'ViT-B-32'"):
+        load_encoder("open_clip:ViT-B-32")
+    text = "open_clip has no model 'ViT-B32'; did you mean \"ViT-B-32\"?"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_encoder("open_clip:ViT-B32/laion2b")
+
+
+def test_open_clip_refuses_the_weights(open_clip):
+    def create_model(name, pretrained, cache_dir):
+        raise RuntimeError(f"Pretrained weights ({pretrained}) not found\nfor model {name}")
+
+    open_clip.create_model = create_model
+    text = "open_clip:ViT-B-32/laion: Pretrained weights (laion) not found"
+    with pytest.raises(ValueError, match=re.escape(text) + "$"):
+        load_encoder("open_clip:ViT-B-32/laion")
+
+
+def test_open_clip_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'cacl[open-clip]'")):
+        load_encoder("open_clip:ViT-B-32/laion2b")
+
+
+# import clip
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "sys.modules.pop('pkg_resources', None)",
+        "sys.modules['pkg_resources'] = types.ModuleType('pkg_resources')",  # as setuptools 70 to 81: no packaging
+    ],
+)
+def test_clip_is_imported_without_a_trace(before):
+    code = f"import sys, types; {before}; left = sys.modules.get('pkg_resources')\n"
+    code += "from cacl.encoders import _import_clip\n"
+    code += "print(_import_clip().tokenize('cat').shape[1], sys.modules.get('pkg_resources') is left)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["77", "True"], result.stderr
+
+
+def test_clip_is_missing(monkeypatch):
+    for name in ("clip", "clip.clip", "clip.model", "clip.simple_tokenizer"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "clip", None)
+    with pytest.raises(ImportError, match="pip install clip-anytorch"):
+        load_encoder("ViT-B/32")

@@ -1,0 +1,248 @@
+"""The pipeline: every stage on drawn photos, skipped, resumed, killed, and refused."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyBackbone, TinyEncoder
+from drawn import write_csv
+
+import cacl
+from cacl import pipeline
+from cacl.config import Config
+
+SETTINGS = [
+    "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",
+    "warmup.epochs=2", "warmup.batch_size=3", "warmup.crop=32", "warmup.lr=0.01",
+    "cacl.epochs=2", "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cacl.threshold=0.2", "cams.scales=[1.0]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_csv(tmp_path / "data")
+
+
+def configure(root, out, *more):
+    return Config.load("voc", [*SETTINGS, f"data.root={root}", f"run.out={out}", *more])
+
+
+def run(root, out, *more, **arguments):
+    arguments = {"encoder": TinyEncoder(), "backbone": TinyBackbone(), **arguments}
+    return pipeline.run(configure(root, out, *more), **arguments)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything in a run folder; the log without its times, the configuration without its folder."""
+    result = {}
+    for path in sorted(out.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(out).as_posix()
+            result[name] = path.read_bytes()
+            if name == "log.jsonl":
+                records = [json.loads(line) for line in path.read_text().splitlines()]
+                result[name] = json.dumps([{**r, "images_per_second": 0} for r in records]).encode()
+            if name == "config.toml":
+                lines = path.read_text().splitlines()
+                result[name] = "\n".join(
+                    x for x in lines if not x.startswith(("out", "workers", "checkpoint"))
+                ).encode()
+    return result
+
+
+def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
+    result = run(root, tmp_path / "out")
+    names = set(files(result.out))
+    assert names == {
+        "config.toml", "data.json", "log.jsonl", "metrics.json",
+        "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json", "cams/made.json",
+        *(f"cams/train/{i}.npz" for i in range(6)),
+    }  # fmt: skip
+    assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
+    metrics = json.loads((result.out / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert {name: (m["split"], m["images"], m["background_score"], m["crf"]) for name, m in metrics.items()} == {
+        "warmup": ("val", 3, 0.15, False),
+        "cacl": ("val", 3, 0.15, False),
+        "cams": ("train", 6, 0.15, False),
+    }
+    assert metrics["cacl"]["oracle"]["miou"] >= metrics["cacl"]["miou"]
+    assert "cacl: CAM mIoU" in result.summary()
+    assert "(val, 3 images, background score 0.15, no CRF; oracle" in result.summary()
+    records = [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in records] == [(s, i) for s in ("warmup", "cacl") for i in (1, 2, 3, 4)]
+    wanted = {
+        "epoch", "lr", "images_per_second", "loss", "itc", "bgs", "region", "foreground_similarity",
+        "background_similarity", "pass_rate", "threshold", "template_share",
+    }  # fmt: skip
+    assert wanted <= set(records[-1])
+    assert sum(records[-1]["template_share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_models_are_left_alone_and_the_seed_decides(root, tmp_path):
+    backbone, encoder = TinyBackbone(), TinyEncoder()
+    before = backbone.conv.weight.clone()
+    state = torch.get_rng_state()
+    first = pipeline.run(configure(root, tmp_path / "a"), encoder=encoder, backbone=backbone)
+    assert torch.equal(backbone.conv.weight, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert files(run(root, tmp_path / "b", backbone=backbone).out) == files(first.out)
+    assert files(run(root, tmp_path / "c", "run.seed=1").out)["cacl/model.pt"] != files(first.out)["cacl/model.pt"]
+
+
+def test_finished_stages_are_skipped_until_something_changes(root, tmp_path):
+    out = tmp_path / "out"
+    run(root, out)
+
+    def stages_of(*more, **arguments):
+        seen = []
+        run(root, out, *more, callback=lambda r: seen.append(r["stage"]), **arguments)
+        return list(dict.fromkeys(seen))
+
+    before = files(out)
+    assert stages_of() == []
+    assert files(out) == before
+    assert stages_of("cams.flip=false") == []
+    assert files(out)["cams/train/0.npz"] != before["cams/train/0.npz"]
+    assert stages_of("cacl.alpha=10") == ["cacl"]
+    assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1") == []
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl"]
+    (root / "images/0.png").write_bytes((root / "images/1.png").read_bytes())
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl"]
+    encoder = TinyEncoder()
+    encoder.head.weight.data += 0.1
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl"]
+
+
+def test_a_stage_needs_those_before_it(root, tmp_path):
+    with pytest.raises(ValueError, match="the stage 'warmup' has not finished with these settings; run it first"):
+        run(root, tmp_path / "out", stages=["cacl"])
+    run(root, tmp_path / "out", stages=["warmup"])
+    run(root, tmp_path / "out", stages=["cacl"])
+    with pytest.raises(ValueError, match="the stage 'cacl' has not finished with these settings"):
+        run(root, tmp_path / "out", "cacl.beta=0", stages=["cams"])
+    with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", but got'):
+        run(root, tmp_path / "out", stages=["came"])
+
+
+def test_bad_photos_are_listed_before_the_first_step_and_nothing_is_lost(root, tmp_path):
+    run(root, tmp_path / "out")
+    before = files(tmp_path / "out")
+    (root / "images/1.png").write_text("broken")
+    (root / "images/4.png").write_text("broken too")
+    with pytest.raises(ValueError, match=r"images/1.png: not an image that decodes") as error:
+        run(root, tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 2
+    assert files(tmp_path / "out") == before
+
+
+def test_data_without_masks_trains_and_has_no_metrics(root, tmp_path):
+    table = (root / "dataset.csv").read_text().replace("masks/", "masks/gone-")
+    for i in range(9):
+        table = table.replace(f"masks/gone-{i}.png", "")
+    (root / "dataset.csv").write_text(table)
+    assert run(root, tmp_path / "out").metrics == {}
+    assert run(root, tmp_path / "out2", "data.eval=").metrics == {}
+
+
+def test_no_warmup_epochs_starts_from_the_backbone(root, tmp_path):
+    run(root, tmp_path / "out", "warmup.epochs=0", stages=["warmup"])
+    state = torch.load(tmp_path / "out/warmup/model.pt", weights_only=True)
+    assert torch.equal(state["backbone.conv.weight"], TinyBackbone().conv.weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["cacl.threshold_mode=soft", "cacl.threshold=0.25"],
+        ["cacl.threshold_mode=quantile"],
+        ["cacl.beta=0", "cacl.template=2"],
+        ["run.precision=bf16"],
+    ],
+)
+def test_modes(root, tmp_path, settings):
+    run(root, tmp_path / "out", *settings, stages=["warmup", "cacl"])
+    last = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "cacl"
+    assert -1 < last["threshold"] < 1
+
+
+def test_clip_from_a_checkpoint(root, tmp_path, clip_state):
+    torch.save(clip_state, tmp_path / "clip.pt")
+    run(root, tmp_path / "out", f"encoder.name={tmp_path / 'clip.pt'}", encoder=None, stages=["warmup", "cacl"])
+    assert (tmp_path / "out/cacl/model.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["run.device=tpu"], r"\[run\] device: expected a device of this machine, but got 'tpu'"),
+        (["data.train=tarin"], "expected rows of split 'tarin', but there is train, val"),
+        (["encoder.name=ViT-B/23"], "but got 'ViT-B/23'; did you mean \"ViT-"),
+        (["camnet.backbone=resnet51"], "Expected argument `backbone` to be one of"),
+        (["cacl.template=4"], r"Expected argument `template` to be in \[0, 3\], but got 4"),
+        (["backgrounds.file=none.json"], "none.json: "),
+    ],
+)
+def test_bad_settings_are_one_line(root, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(root, tmp_path / "out", *settings, encoder=None if "encoder" in settings[0] else TinyEncoder(),
+            backbone=None if "backbone" in settings[0] else TinyBackbone())  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_size_is_refused(root, tmp_path):
+    run(root, tmp_path / "out", stages=["warmup"])
+    path = tmp_path / "out/warmup/model.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "classifier.weight": torch.zeros(3, 8, 1, 1)}, path)
+    with pytest.raises(ValueError, match=r"model.pt: does not fit: 2 of 3 parameters match; 'classifier.weight'"):
+        run(root, tmp_path / "out", stages=["cacl"])
+
+
+def test_attribute_of_the_package():
+    code = "import cacl; assert cacl.pipeline.run is __import__('cacl.pipeline').pipeline.run"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'pipelines'"):
+        cacl.pipelines  # noqa: B018
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_pipeline import run
+run({root!r}, {out!r}, "run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20", "run.workers={workers}")
+"""
+
+
+@pytest.mark.parametrize(("kills", "workers"), [(3, 0), pytest.param(10, 2, marks=pytest.mark.slow)])
+def test_killed_and_started_again_is_the_same_byte_for_byte(root, tmp_path, kills, workers):
+    more = ("run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20")
+    whole = files(run(root, tmp_path / "whole", *more).out)
+    out = tmp_path / "killed"
+    tests = str(Path(__file__).parent)
+    script = SCRIPT.format(tests=tests, root=str(root), out=str(out), workers=workers)
+    log = out / "log.jsonl"
+    killed = 0
+    for number in range(kills + 1):
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        if number == kills:
+            assert process.wait(120) == 0
+            break
+        # Somewhere in the next steps: the log tells how far it is.
+        lines = log.read_text().count("\n") if log.is_file() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.is_file() and log.read_text().count("\n") >= lines + 40 // kills:
+                break
+            time.sleep(0.002)
+        process.kill()
+        killed += process.wait() != 0
+    assert killed >= kills - 1
+    assert files(out) == whole

@@ -1,0 +1,418 @@
+"""Templates and background words: validation, the built-in lists, encoding (CA-CL, eq. 3 and 8)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from cacl import DEFAULT_TEMPLATES, BackgroundSet, PromptSet
+
+# Templates
+
+
+def test_default_templates_are_the_paper_s():
+    assert tuple(PromptSet()) == DEFAULT_TEMPLATES
+    assert DEFAULT_TEMPLATES == ("a photo of {}.", "an image of {}.", "a picture of {}.", "a snapshot of {}.")
+
+
+def test_texts():
+    assert PromptSet(["a photo of {}.", "{} outside"]).texts("cat") == ["a photo of cat.", "cat outside"]
+    assert PromptSet(["a {}"]).texts("{0}") == ["a {0}"]
+
+
+def test_prompt_set_is_a_sequence():
+    prompts = PromptSet()
+    assert len(prompts) == 4
+    assert prompts[-1] == DEFAULT_TEMPLATES[-1]
+    assert prompts[1:3] == PromptSet(DEFAULT_TEMPLATES[1:3])
+    assert prompts != PromptSet(DEFAULT_TEMPLATES[::-1])
+    assert hash(prompts) == hash(PromptSet(list(DEFAULT_TEMPLATES)))
+    assert repr(prompts[:1]) == "PromptSet(['a photo of {}.'])"
+
+
+@pytest.mark.parametrize(
+    ("templates", "kind", "text"),
+    [
+        ([], ValueError, "Expected `templates` to have at least one entry, but it is empty."),
+        ("a {}", TypeError, "Expected `templates` to be a list of strings, but got 'a {}'."),
+        (None, TypeError, "Expected `templates` to be a list of strings, but got None."),
+        ([3], TypeError, "Expected `templates` to be a list of strings, but it has 3."),
+        ([" "], ValueError, "Expected `templates` to have no empty entry, but it has ' '."),
+        (["a {}", "A {}"], ValueError, "Expected `templates` to have no duplicates, but 'A {}' stands twice."),
+        (["a photo"], ValueError, "Expected each of `templates` to have exactly one {}, but got 'a photo'."),
+        (["{} and {}"], ValueError, "Expected each of `templates` to have exactly one {}, but got '{} and {}'."),
+        (["{0}"], ValueError, "Expected each of `templates` to have exactly one {}, but got '{0}'."),
+        (["{} {"], ValueError, "Expected each of `templates` to have exactly one {}, but got '{} {'."),
+    ],
+)
+def test_templates_are_checked(templates, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        PromptSet(templates)
+
+
+def test_encode(encoder):
+    prompts, names = PromptSet(), ["cat", "dog", "dining table"]
+    features = prompts.encode(encoder, names)
+    assert features.shape == (3, 4, 32)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(3, 4))
+    one = encoder.encode_text(["a picture of dog."])[0]
+    torch.testing.assert_close(features[1, 2], one / one.norm())
+
+
+def test_encode_in_small_batches_and_half_precision(encoder):
+    names = ["cat", "dog", "bird"]
+    wanted = PromptSet().encode(encoder, names)
+    sizes, encode_text = [], encoder.encode_text
+    encoder.encode_text = lambda texts: sizes.append(len(texts)) or encode_text(texts).half()
+    features = PromptSet().encode(encoder, names, batch_size=5)
+    assert sizes == [5, 5, 2]
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "text"),
+    [
+        ("cat", TypeError, "Expected `names` to be a list of strings, but got 'cat'."),
+        ([], ValueError, "Expected `names` to have at least one entry, but it is empty."),
+        (["cat", "cat"], ValueError, "Expected `names` to have no duplicates, but 'cat' stands twice."),
+    ],
+)
+def test_names_are_checked(encoder, names, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        PromptSet().encode(encoder, names)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_is_checked(encoder, batch_size):
+    with pytest.raises(ValueError, match="Expected argument `batch_size` to be a positive integer"):
+        PromptSet().encode(encoder, ["cat"], batch_size=batch_size)
+
+
+def test_an_encoder_that_returns_another_shape(encoder):
+    encoder.encode_text = lambda texts: torch.ones(len(texts) + 1, 32)
+    text = "Expected `encoder.encode_text` to return (4, D) for 4 texts, but got shape (5, 32)."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        PromptSet().encode(encoder, ["cat"])
+
+
+# Background words
+
+
+def test_background_set_is_a_mapping():
+    backgrounds = BackgroundSet({"dining table": ["floor", "wall"], "boat": ["water"]})
+    assert list(backgrounds) == ["dining table", "boat"]
+    assert backgrounds["Dining-Table"] == backgrounds["diningtable"] == backgrounds["dining_table"] == ("floor", "wall")
+    assert "BOAT" in backgrounds
+    assert "cat" not in backgrounds
+    assert 3 not in backgrounds
+    assert len(backgrounds) == 2
+    assert repr(backgrounds) == "BackgroundSet(2 classes)"
+
+
+def test_background_texts():
+    texts = BackgroundSet({"boat": ["water", "pier"]}).texts("boat", PromptSet(["a {}", "the {}"]))
+    assert texts == ["a water", "the water", "a pier", "the pier"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "text"),
+    [
+        (["water"], TypeError, "Expected argument `words` to be a mapping, but got list."),
+        ({}, ValueError, "Expected argument `words` to be a mapping with at least one class, but got an empty one."),
+        ({"boat": []}, ValueError, "Expected `words['boat']` to have at least one entry, but it is empty."),
+        ({"boat": "sea"}, TypeError, "Expected `words['boat']` to be a list of strings, but got 'sea'."),
+        ({"boat": ["sea", 1]}, TypeError, "Expected `words['boat']` to be a list of strings, but it has 1."),
+        (
+            {"boat": ["sea", "Sea"]},
+            ValueError,
+            "Expected `words['boat']` to have no duplicates, but 'Sea' stands twice.",
+        ),
+        (
+            {"boat": ["sea"], "cat": ["Boat"]},
+            ValueError,
+            "Background word 'Boat' of class 'cat' is the class 'boat': it would suppress that class.",
+        ),
+        (
+            {"tv": ["tv"]},
+            ValueError,
+            "Background word 'tv' of class 'tv' is the class 'tv': it would suppress that class.",
+        ),
+        ({"dining table": ["floor"], "diningtable": ["wall"]}, ValueError, "diningtable"),
+    ],
+)
+def test_background_words_are_checked(words, kind, text):
+    with pytest.raises(kind, match=re.escape(text)):
+        BackgroundSet(words)
+
+
+def test_unknown_class():
+    backgrounds = BackgroundSet({"boat": ["water"]})
+    with pytest.raises(KeyError, match=r"no background words for class .*boot.*; did you mean .*boat"):
+        backgrounds["boot"]
+    with pytest.raises(KeyError, match="no background words for class 'cat'"):
+        backgrounds.texts("cat", PromptSet())
+    assert backgrounds.get("boot") is None
+
+
+def test_encode_pads_shorter_lists_with_zeros(encoder):
+    backgrounds = BackgroundSet({"boat": ["water", "pier", "sky"], "cat": ["sky"], "dog": ["lawn"]})
+    prompts = PromptSet(["a {}", "the {}"])
+    features = backgrounds.encode(encoder, ["cat", "boat"], prompts)
+    assert features.shape == (2, 6, 32)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features[1].norm(dim=-1), torch.ones(6))
+    assert torch.equal(features[0, :2], features[1, 4:])  # "sky" under both templates
+    assert not features[0, 2:].any()
+
+
+def test_encode_refuses_an_unknown_class(encoder):
+    with pytest.raises(ValueError, match=re.escape("no background words for class 'boot'; did you mean \"boat\"?")):
+        BackgroundSet({"boat": ["water"]}).encode(encoder, ["boot"], PromptSet())
+
+
+# The built-in lists
+
+VOC = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,
+pottedplant, sheep, sofa, train, tvmonitor"""
+COCO = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking
+meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
+suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
+racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog,
+pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell
+phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+"""
+SYNONYMS = """
+aeroplane airplane plane aircraft jet jetliner biplane airliner
+bicycle bike cycle cyclist
+bird pigeon gull seagull duck goose parrot swan chicken crow
+boat ship sailboat vessel canoe kayak ferry yacht rowboat
+bottle flask thermos
+bus coach minibus
+car automobile sedan taxi van suv vehicle
+cat kitten kitty
+chair armchair stool seat
+cow cattle bull calf ox
+diningtable table desk
+dog puppy hound
+horse pony foal mare
+motorbike motorcycle scooter moped
+person man woman people child boy girl human kid baby rider crowd pedestrian player skier surfer passenger audience
+pottedplant plant houseplant flowerpot shrub
+sheep lamb ram ewe
+sofa couch settee loveseat
+train locomotive tram railcar subway
+tvmonitor tv television screen monitor
+truck lorry pickup
+trafficlight stoplight trafficsignal
+firehydrant hydrant
+stopsign roadsign
+parkingmeter meter
+bench pew
+elephant calf
+bear cub grizzly
+zebra
+giraffe
+backpack rucksack knapsack
+umbrella parasol
+handbag purse bag
+tie necktie bowtie
+suitcase luggage briefcase
+frisbee disc
+skis ski
+snowboard
+sportsball ball football basketball baseball
+kite
+baseballbat bat
+baseballglove glove mitt
+skateboard longboard
+surfboard
+tennisracket racket racquet
+wineglass glass goblet
+cup mug teacup
+fork
+knife blade
+spoon ladle
+bowl
+banana
+apple
+sandwich burger hamburger
+orange tangerine mandarin
+broccoli
+carrot
+hotdog sausage
+pizza
+donut doughnut
+cake cupcake
+bed mattress bunk
+toilet
+laptop notebook computer
+mouse
+remote remotecontrol
+keyboard
+cellphone phone smartphone mobile
+microwave
+oven stove range
+toaster
+sink washbasin basin
+refrigerator fridge freezer
+book textbook
+clock watch
+vase urn
+scissors shears
+teddybear teddy
+hairdrier hairdryer
+toothbrush
+"""
+
+
+def squeeze(text: str) -> str:
+    return re.sub(r"[\s_-]", "", text).lower()
+
+
+def singular(word: str) -> set[str]:
+    forms = {word}
+    if word.endswith("s"):
+        forms.add(word[:-1])
+    if word.endswith("es"):
+        forms.add(word[:-2])
+    return forms
+
+
+@pytest.mark.parametrize(("name", "listed"), [("voc", VOC), ("coco", COCO)])
+def test_built_in_words_are_never_a_class_or_its_synonym(name, listed):
+    names = [name.strip() for name in listed.replace("\n", " ").split(",")]
+    backgrounds = getattr(BackgroundSet, name)(7)
+    groups = [set(line.split()) for line in SYNONYMS.strip().splitlines()]
+    taken = {squeeze(name) for name in names}
+    for group in groups:
+        if group & taken:
+            taken = taken | group
+    assert {squeeze(name) for name in backgrounds} == {squeeze(name) for name in names}
+    for name, words in backgrounds.items():
+        assert len(set(map(squeeze, words))) == 7, name
+        for word in words:
+            # the phrase and its head noun: a "street bench" is a bench, a "bird bath" is no bird
+            forms = singular(squeeze(word)) | singular(squeeze(word.split()[-1]))
+            assert not forms & taken, (name, word, forms & taken)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("voc", 20), ("coco", 80)])
+def test_built_in_lists_of_n_words(name, classes):
+    built_in = getattr(BackgroundSet, name)
+    all_words = built_in(7)
+    for n in range(1, 8):
+        backgrounds = built_in(n)
+        assert len(backgrounds) == classes
+        assert all(words == all_words[key][:n] for key, words in backgrounds.items())
+    assert dict(built_in()) == dict(built_in(5))
+
+
+@pytest.mark.parametrize("n", [0, -1, 8, 2.5, True, "5"])
+def test_n_is_checked(n):
+    with pytest.raises(ValueError, match=re.escape("Expected argument `n` to be ") + ".*but got"):
+        BackgroundSet.voc(n)
+
+
+def test_built_in_finds_the_list_that_knows_all_names():
+    assert dict(BackgroundSet.built_in(["tvmonitor", "sofa"])) == dict(BackgroundSet.voc())
+    assert dict(BackgroundSet.built_in(["tv", "giraffe"], n=3)) == dict(BackgroundSet.coco(3))
+    with pytest.raises(ValueError, match="there are no built-in background words for 'unicorn'"):
+        BackgroundSet.built_in(["cat", "unicorn"])
+
+
+# Files
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "words.json"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_from_json(written):
+    words = {"boat": ["water", "pier", "sky"], "Käfer": ["leaf", "bark", "moss"]}
+    path = written(json.dumps(words, ensure_ascii=False))
+    assert dict(BackgroundSet.from_json(path)) == {name: tuple(list_) for name, list_ in words.items()}
+    assert BackgroundSet.from_json(str(path), n=2)["boat"] == ("water", "pier")
+    with pytest.raises(ValueError, match=r"`n` to be at most 3, the number of words for 'boat' in .*words\.json"):
+        BackgroundSet.from_json(path, n=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("boat: water", "expected a JSON object of background words, but Expecting value"),
+        ("", "expected a JSON object of background words, but Expecting value"),
+        ('{"boat": ["a"], "boat": ["b"]}', "'boat' stands twice"),
+        ('["water"]', "expected a JSON object that maps each class to a list of words."),
+        ('{"boat": "water"}', "expected a JSON object that maps each class to a list of words."),
+        ('{"boat": ["water", 3]}', "`words['boat']` to be a list of strings, but it has 3."),
+        ('{"boat": ["water", "water"]}', "`words['boat']` to have no duplicates, but 'water' stands twice."),
+    ],
+)
+def test_from_json_names_the_file_and_the_fault(written, content, text):
+    path = written(content)
+    with pytest.raises(ValueError, match=re.escape(text)) as error:
+        BackgroundSet.from_json(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_from_json_without_a_file(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.json: .*No such file"):
+        BackgroundSet.from_json(tmp_path / "absent.json")
+
+
+def test_from_json_that_is_not_utf8(tmp_path):
+    (tmp_path / "words.json").write_bytes(b'{"boat": ["\xff"]}')
+    with pytest.raises(ValueError, match=r"words\.json: expected a JSON object of background words, but .*utf-8"):
+        BackgroundSet.from_json(tmp_path / "words.json")
+
+
+# What to ask a language model, and its answers
+
+
+def test_query_names_the_class_and_the_number():
+    query = BackgroundSet.query("hot dog", 7)
+    assert "hot dog" in query
+    assert "7" in query
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("water\npier\nsea foam", ("water", "pier", "sea foam")),
+        ("1. Water\n2. Pier\n10. Sky", ("water", "pier", "sky")),
+        ("1) water\n2: pier", ("water", "pier")),
+        ("(1) water\n(2) pier", ("water", "pier")),
+        ("- water\n* pier\n• sky", ("water", "pier", "sky")),
+        ("– water\n– pier", ("water", "pier")),
+        ("  - \"water\"\n  - 'pier'\n - “sky”", ("water", "pier", "sky")),
+        ("water, pier; sky.", ("water", "pier", "sky")),
+        ("water, pier, and sky", ("water", "pier", "sky")),
+        ('["water", "pier"]', ("water", "pier")),
+        ("Here are some words:\n\n1. **Water**\n2. `pier`\n", ("water", "pier")),
+        ("water\nWater\npier", ("water", "pier")),
+        ("2 story house", ("2 story house",)),
+        ("sandbank", ("sandbank",)),
+    ],
+)
+def test_parse(answer, words):
+    assert BackgroundSet.parse(answer) == words
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "Here are the words:", "1.\n2."])
+def test_parse_finds_nothing(answer):
+    with pytest.raises(ValueError, match=re.escape("Expected argument `answer` to be a list of words, but got ")):
+        BackgroundSet.parse(answer)
