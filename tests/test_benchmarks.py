@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from cacl import BackgroundSet, PromptSet
+from cacl.datasets import read_image
+from cacl.transforms import RandomView
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -70,3 +73,34 @@ def test_step_times_nothing_when_naive_and_cacl_differ() -> None:
     steps = {"encoder": lambda: (one, one), "cacl": lambda: (one, one), "naive": lambda: (one, two)}
     with pytest.raises(SystemExit, match="cacl and naive differ"):
         step.measure(steps, 1, "cpu")
+
+
+def test_loading_measures_the_same_view(tmp_path: Path) -> None:
+    """Pillow and numpy give what ``RandomView`` gives: the benchmark compares like with like."""
+    loading = load("loading")
+    path = loading.draw_photos(tmp_path, 1)[0]
+
+    class Middle(random.Random):
+        def uniform(self, a, b):
+            return 1.0
+
+        def random(self):
+            return 0.9
+
+        def randint(self, a, b):
+            return 0
+
+    ours, _ = RandomView(128, scale=(1, 1), flip=0)(read_image(path), generator=torch.Generator().manual_seed(0))
+    theirs = loading.plain(path, 128, Middle())
+    rows = (ours != 0).any(0).any(1).nonzero()[:, 0]
+    assert len(rows) == 96
+    assert (ours[:, rows] - theirs[:, :96]).abs().mean() < 0.02
+
+
+def test_loading_runs_and_writes_its_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "loading.json"
+    command = [sys.executable, str(BENCHMARKS / "loading.py"), "--images", "16", "--crop", "64", "--repeats", "1"]
+    subprocess.run([*command, "--json", str(out)], check=True, capture_output=True)
+    data = json.loads(out.read_text())
+    assert set(data) == {"images_per_second", "ratio", "seconds"}
+    assert data["ratio"] > 0
