@@ -89,12 +89,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             raise InputError(f"{self.entries[index].image}: the image has no mask")
         return read_mask(path)
 
-    def fingerprint(self) -> str:
-        """A hash of classes, ids, labels, and sizes and times of the image files: changes when the data does."""
+    def fingerprint(self, *, masks: bool = False) -> str:
+        """A hash of classes, ids, labels, and sizes and times of the images (and masks): changes when the data does."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for entry in self.entries:
-            stat = entry.image.stat()
-            digest.update(repr((entry.id, entry.labels, stat.st_size, stat.st_mtime_ns)).encode())
+            files = [path.stat() for path in (entry.image, entry.mask if masks else None) if path is not None]
+            digest.update(repr((entry.id, entry.labels, [(f.st_size, f.st_mtime_ns) for f in files])).encode())
         return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset, check, open_dataset
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.losses import BGSuppressionLoss
-from cacl.metrics import BACKGROUND_SCORE, Sweep
+from cacl.metrics import BACKGROUND_SCORE
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.training import Callback, Log, Loop, Record
 from cacl.transforms import RandomView
@@ -227,10 +227,9 @@ class _Session:
 
     def prepare(self, stages: Sequence[str]) -> None:
         """Check settings and data before the first step, and write down the configuration."""
-        datasets = {self.config.data.train: self.train}
+        keys = {"train": self.train.fingerprint()}
         if self.eval is not None:
-            datasets[self.config.data.eval] = self.eval
-        keys = {name: dataset.fingerprint() for name, dataset in datasets.items()}
+            keys["eval"] = self.eval.fingerprint(masks=True)
         if read_json(self.out / "data.json") != keys:
             # Training never opens a mask; only what is evaluated needs good ones.
             problems = check(self.train, masks=False, progress=True)
@@ -243,29 +242,33 @@ class _Session:
             write_json(self.out / "data.json", keys)
         except OSError as error:
             raise InputError(f"{self.out}: expected a folder to write to, but {error.strerror or error}") from None
-        self.keys["data"] = _hash(keys[self.config.data.train], keys.get(self.config.data.eval))
+        self.keys["data"] = keys["train"]
         if "cacl" in stages and not self.finished("cacl"):
             _ = self.criterion  # a wrong encoder or prompt shows now, and not after the warm-up
 
     def do(self, name: str, body: _Body, *, resume: bool) -> None:
-        """One stage, unless it is finished."""
+        """One stage, unless it is finished, and its evaluation, unless that is known."""
         key = self.key(name)
         path = self.out / name / "stage.json"
         state = read_json(path)
         same = resume and state.get("key") == key
         if same and self.finished(name):
-            logger.info("%s: finished before, nothing to do", name)
-            return
-        if state and not same:
-            logger.info("%s: done again, since %s", name, "its settings changed" if resume else "that was asked for")
+            logger.info("%s: finished before", name)
+        else:
+            if not same:
+                if state:
+                    reason = "its settings or data changed" if resume else "that was asked for"
+                    logger.info("%s: done again, since %s", name, reason)
+                (self.out / name / "checkpoint.pt").unlink(missing_ok=True)
+                self.keep_metrics(name, None)
+                self.log.rewind(name, 0)
+            start = time.monotonic()
+            write_json(path, {"key": key, "finished": False})
+            body(self, self.out / name, {"key": key, "log": self.log, "callback": self.callback})
+            write_json(path, {"key": key, "finished": True})
             (self.out / name / "checkpoint.pt").unlink(missing_ok=True)
-        start = time.monotonic()
-        write_json(path, {"key": key, "finished": False})
-        self.log.rewind(name, -1 if not same else 2**62)
-        body(self, self.out / name, {"key": key, "log": self.log, "callback": self.callback})
-        write_json(path, {"key": key, "finished": True})
-        (self.out / name / "checkpoint.pt").unlink(missing_ok=True)
-        logger.info("%s: finished in %.0f s", name, time.monotonic() - start)
+            logger.info("%s: finished in %.0f s", name, time.monotonic() - start)
+        self.evaluate(name)
 
     def key(self, name: str) -> str:
         """A hash of everything that a stage's result depends on, the stages before it included."""
@@ -290,8 +293,25 @@ class _Session:
         if not self.finished(stage):
             raise InputError(f"{self.out}: the stage {stage!r} has not finished with these settings; run it first")
 
-    def report(self, name: str, split: str, sweep: Sweep) -> None:
-        """Keep the result of an evaluation, and say it."""
+    def evaluate(self, name: str) -> None:
+        """Mean IoU of a finished stage's CAMs: on the split to evaluate, or of the files that were written."""
+        dataset, split = self.eval, self.config.data.eval
+        if name == "cams":
+            dataset, split = self.train, self.config.data.train
+        if dataset is None or not any(entry.mask for entry in dataset.entries):
+            return
+        table = self.config.cams
+        key = _hash(self.key(name), table, split, dataset.fingerprint(masks=True))
+        if read_json(self.out / "metrics.json").get(name, {}).get("key") == key:
+            return
+        source = self.out / "cams" / "train" if name == "cams" else self.net(name)
+        settings = {
+            "scales": table.scales,
+            "flip": table.flip,
+            "device": self.device,
+            "workers": self.config.run.workers,
+        }
+        sweep = evaluate_cams(source, dataset, **settings)
         classes = ("background", *self.train.classes)
         at = sweep.iou[sweep.scores.index(BACKGROUND_SCORE)]
         score, best = sweep.oracle
@@ -303,18 +323,18 @@ class _Session:
             "crf": False,
             "iou": {k: round(float(v), 6) for k, v in zip(classes, at, strict=True) if v == v},
             "oracle": {"background_score": score, "miou": round(best, 6)},
+            "key": key,
         }
-        path = self.out / "metrics.json"
-        write_json(path, {**read_json(path), name: metrics})
+        self.keep_metrics(name, metrics)
         logger.info("%s", describe(name, metrics))
 
-    def evaluate(self, name: str, net: CAMNet) -> None:
-        if self.eval is not None:
-            table, workers = self.config.cams, self.config.run.workers
-            sweep = evaluate_cams(
-                net, self.eval, scales=table.scales, flip=table.flip, device=self.device, workers=workers
-            )
-            self.report(name, self.config.data.eval, sweep)
+    def keep_metrics(self, name: str, metrics: Record | None) -> None:
+        path = self.out / "metrics.json"
+        known = read_json(path)
+        if metrics is not None or name in known:
+            others = {k: v for k, v in known.items() if k != name}
+            both = others if metrics is None else {**others, name: metrics}
+            write_json(path, {stage: both[stage] for stage in STAGES if stage in both})
 
 
 _Body = Callable[[_Session, Path, dict[str, Any]], None]
@@ -326,7 +346,6 @@ def _warmup(session: _Session, folder: Path, run: dict[str, Any]) -> None:
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
     train_classifier(net, session.train, session.loop(table), checkpoint=folder / "checkpoint.pt", **rates, **run)
     save_state(folder / "model.pt", net.state_dict())
-    session.evaluate("warmup", net)
 
 
 def _cacl(session: _Session, folder: Path, run: dict[str, Any]) -> None:
@@ -345,7 +364,6 @@ def _cacl(session: _Session, folder: Path, run: dict[str, Any]) -> None:
         **run,
     )
     save_state(folder / "model.pt", net.state_dict())
-    session.evaluate("cacl", net)
 
 
 def _cams(session: _Session, folder: Path, run: dict[str, Any]) -> None:
@@ -365,8 +383,6 @@ def _cams(session: _Session, folder: Path, run: dict[str, Any]) -> None:
         workers=workers,
         keep=keep,
     )
-    if any(entry.mask for entry in session.train.entries):
-        session.report("cams", session.config.data.train, evaluate_cams(folder / "train", session.train))
 
 
 STAGES: dict[str, _Body] = {"warmup": _warmup, "cacl": _cacl, "cams": _cams}

@@ -115,6 +115,13 @@ def test_finished_stages_are_skipped_until_something_changes(root, tmp_path):
     assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl"]
     (root / "images/0.png").write_bytes((root / "images/1.png").read_bytes())
     assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl"]
+    # A mask or a scale of the CAMs changes what is measured, and nothing that was trained.
+    scores = json.loads((out / "metrics.json").read_text())
+    (root / "masks/7.png").write_bytes((root / "masks/6.png").read_bytes())
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", "cams.scales=[2.0]") == []
+    again = json.loads((out / "metrics.json").read_text())
+    assert all(again[stage]["iou"] != scores[stage]["iou"] for stage in ("warmup", "cacl", "cams"))
+    assert list(again) == ["warmup", "cacl", "cams"]
     encoder = TinyEncoder()
     encoder.head.weight.data += 0.1
     assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl"]
