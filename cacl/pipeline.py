@@ -305,13 +305,14 @@ class _Session:
         if read_json(self.out / "metrics.json").get(name, {}).get("key") == key:
             return
         source = self.out / "cams" / "train" if name == "cams" else self.net(name)
-        settings = {
-            "scales": table.scales,
-            "flip": table.flip,
-            "device": self.device,
-            "workers": self.config.run.workers,
-        }
-        sweep = evaluate_cams(source, dataset, **settings)
+        sweep = evaluate_cams(
+            source,
+            dataset,
+            scales=table.scales,
+            flip=table.flip,
+            device=self.device,
+            workers=self.config.run.workers,
+        )
         classes = ("background", *self.train.classes)
         at = sweep.iou[sweep.scores.index(BACKGROUND_SCORE)]
         score, best = sweep.oracle
