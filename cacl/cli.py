@@ -57,7 +57,8 @@ def _check(options: argparse.Namespace) -> int:
         problems = datasets.check_folder(path, progress=True)
     else:
         data = Config.load(options.path, options.set).data
-        problems = datasets.check_folder(data.root, progress=True)
+        splits = [split for split in (data.train, data.eval) if split]
+        problems = datasets.check_folder(data.root, format=data.format, splits=splits, progress=True)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems")

@@ -111,7 +111,7 @@ class VOC(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str) -> None:
-        super().__init__(VOC_CLASSES, _no_problems(*_read_voc(Path(root), split)))
+        super().__init__(*_sound(*_read_voc(Path(root), split)))
 
 
 class CSVDataset(Dataset):
@@ -130,8 +130,7 @@ class CSVDataset(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str | None = None) -> None:
-        classes, entries, problems = _read_csv(Path(root), split)
-        super().__init__(classes, _no_problems(entries, problems))
+        super().__init__(*_sound(*_read_csv(Path(root), split)))
 
 
 def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
@@ -223,8 +222,20 @@ def check(dataset: Dataset, *, masks: bool = True, progress: bool = False) -> li
         return [problem for found in results for problem in found]
 
 
-def check_folder(root: str | PathLike[str], *, progress: bool = False) -> list[str]:
-    """Check every split of the data set in a folder, CSV or VOC by what lies in it.
+def check_folder(
+    root: str | PathLike[str],
+    *,
+    format: str | None = None,
+    splits: Iterable[str] | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """Check the data set in a folder.
+
+    Args:
+        root: the folder.
+        format: ``"voc"`` or ``"csv"``; by what lies in the folder if None.
+        splits: the splits to look at; all of them if None.
+        progress: show a progress bar where there is a terminal.
 
     Returns:
         What is wrong, a line each with the file's path.
@@ -233,23 +244,29 @@ def check_folder(root: str | PathLike[str], *, progress: bool = False) -> list[s
         ValueError: if the folder holds no data set.
     """
     root = Path(root)
-    if (root / "dataset.csv").is_file():
-        classes, entries, problems = _read_csv(root, None)
-    elif (root / "ImageSets" / "Segmentation").is_dir():
-        splits = sorted(path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt"))
-        parts = [_read_voc(root, split) for split in splits]
-        classes = VOC_CLASSES
-        entries = list({entry.id: entry for part in parts for entry in part[0]}.values())
-        problems = list(dict.fromkeys(problem for part in parts for problem in part[1]))
+    lists = root / "ImageSets" / "Segmentation"
+    if format is None:
+        if not (root / "dataset.csv").is_file() and not lists.is_dir():
+            raise InputError(f"{root}: no data set here: expected dataset.csv, or ImageSets/Segmentation of PASCAL VOC")
+        format = "csv" if (root / "dataset.csv").is_file() else "voc"
+    if format == "csv":
+        parts = [_read_csv(root, split) for split in splits] if splits else [_read_csv(root, None)]
     else:
-        raise InputError(f"{root}: no data set here: expected dataset.csv, or ImageSets/Segmentation of PASCAL VOC")
-    return list(dict.fromkeys([*problems, *check(Dataset(classes, entries), progress=progress)]))
+        parts = [_read_voc(root, split) for split in splits or sorted(path.stem for path in lists.glob("*.txt"))]
+    problems = [problem for part in parts for problem in part[2]]
+    entries = list(dict.fromkeys(entry for part in parts for entry in part[1]))
+    problems += check(Dataset(parts[0][0], entries), progress=progress)
+    return list(dict.fromkeys(problems))
 
 
-def _no_problems(entries: list[Entry], problems: list[str]) -> list[Entry]:
+_Read = tuple[tuple[str, ...], list[Entry], list[str]]
+"""Classes, entries, and what is wrong, a line each."""
+
+
+def _sound(classes: tuple[str, ...], entries: list[Entry], problems: list[str]) -> tuple[tuple[str, ...], list[Entry]]:
     if problems:
         raise InputError("\n".join(problems))
-    return entries
+    return classes, entries
 
 
 def _text(path: Path) -> str:
@@ -274,7 +291,7 @@ def _duplicates(words: Iterable[str]) -> Iterator[str]:
         seen.add(word)
 
 
-def _read_voc(root: Path, split: str) -> tuple[list[Entry], list[str]]:
+def _read_voc(root: Path, split: str) -> _Read:
     masks = root / "SegmentationClass"
     lists = root / "ImageSets" / "Segmentation"
     if split == "train_aug":
@@ -309,10 +326,10 @@ def _read_voc(root: Path, split: str) -> tuple[list[Entry], list[str]]:
         mask = masks / f"{id}.png"
         entries.append(Entry(id, root / "JPEGImages" / f"{id}.jpg", labels, mask if mask.is_file() else None))
     problems += [f"{entry.image}: no such file" for entry in entries if not entry.image.is_file()]
-    return entries, problems
+    return VOC_CLASSES, entries, problems
 
 
-def _read_csv(root: Path, split: str | None) -> tuple[tuple[str, ...], list[Entry], list[str]]:
+def _read_csv(root: Path, split: str | None) -> _Read:
     classes = tuple(_lines(root / "classes.txt"))
     if not 1 <= len(classes) < IGNORE:
         raise InputError(f"{root / 'classes.txt'}: expected 1 to 254 class names, a line each, but got {len(classes)}")

@@ -171,6 +171,12 @@ def test_check_lists_every_problem(tmp_path):
 
 def test_check_of_voc_and_of_nothing(tmp_path):
     assert check_folder(write_voc(tmp_path / "voc")) == []
+    (tmp_path / "voc/JPEGImages/2007_000005.jpg").write_text("broken")
+    assert check_folder(tmp_path / "voc", splits=["train_aug"]) == []
+    assert len(check_folder(tmp_path / "voc", splits=["train_aug", "val"])) == 1
+    write_csv(tmp_path / "voc")
+    assert check_folder(tmp_path / "voc") == []
+    assert len(check_folder(tmp_path / "voc", format="voc")) == 1
     with pytest.raises(ValueError, match="no data set here"):
         check_folder(tmp_path)
 
