@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -144,7 +145,10 @@ class _ResNet(nn.Module):
         if weights is not None and weights not in (*available, "DEFAULT"):
             choices = ", ".join((*available, "DEFAULT"))
             raise expected("weights", f"None or one of {choices} for {name}", repr(weights))
-        network = models.get_model(name, weights=weights)
+        try:
+            network = models.get_model(name, weights=weights)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or another file than expected
+            raise InputError(f"The weights {weights} of {name} could not be downloaded ({error}).") from None
         for module in network.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
                 module.stride = (1, 1)

@@ -22,9 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         return int(options.command(options))
-    except (InputError, ImportError) as error:
+    except (InputError, ImportError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
         print(f"cacl: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cacl: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except NotFiniteError as error:
         print(f"cacl: {error}", file=sys.stderr)
         return 1
@@ -40,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
     if options.dry_run:
         print(config.to_toml())
-        print("\n".join(pipeline.plan(config, stages)))
+        print("\n".join(pipeline.plan(config, stages, resume=not options.restart)))
         return 0
     result = pipeline.run(config, stages=stages, resume=not options.restart)
     print(result.summary())

@@ -17,9 +17,13 @@ from cacl.prompts import DEFAULT_TEMPLATES
 PRESETS = ("voc", "coco")
 _ASSETS = Path(__file__).with_name("assets")
 
-Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Cosine = Annotated[float, Field(ge=-1, le=1, strict=True)]
+Factor = Annotated[float, Field(gt=0, le=16, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class Table(BaseModel):
@@ -31,13 +35,13 @@ class Table(BaseModel):
 class Run(Table):
     """``[run]``: where, and on what."""
 
-    out: Path = Path("cacl-run")
+    out: Path = Field(default_factory=lambda: Path.cwd() / "cacl-run")
     """The run folder."""
-    seed: int = 0
+    seed: Count = 0
     device: str = "auto"
     """A torch device; ``"auto"`` takes a GPU if there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Count = 2
     """Processes that load images; changes nothing in the result."""
     checkpoint_seconds: Weight = 60.0
 
@@ -79,7 +83,7 @@ class CAMNetwork(Table):
     """``[camnet]``: the network."""
 
     backbone: str = "resnet50"
-    weights: str | None = "DEFAULT"
+    weights: str = "DEFAULT"
     """torchvision's name of the pretrained weights; empty for random ones."""
 
 
@@ -89,10 +93,10 @@ class Training(Table):
     epochs: Weight
     batch_size: Positive = 16
     lr: Weight
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     weight_decay: Weight = 1e-4
     schedule: Literal["cosine", "poly", "constant"]
-    crop: Annotated[int, Field(ge=16)] = 512
+    crop: Annotated[int, Field(ge=16, strict=True)] = 512
     scale: tuple[Weight, Weight] = (0.625, 1.25)
     """Range of the longer side over ``crop``."""
 
@@ -111,31 +115,31 @@ class CACL(Training):
     epochs: Weight = 20
     lr: Weight = 2.5e-4
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    margin: Annotated[float, Field(ge=0, le=2)] = 0.5
+    margin: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.5
     alpha: Weight = 40.0
     beta: Weight = 1.0
     gamma: Weight = 0.4
-    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.26
+    threshold: Cosine = 0.26
     threshold_mode: Literal["soft", "quantile", "fixed"] = "fixed"
-    threshold_bounds: tuple[float, float] = (0.2, 0.3)
+    threshold_bounds: tuple[Cosine, Cosine] = (0.2, 0.3)
     threshold_lr: Weight | None = None
     threshold_quantile: Share = 0.8
     threshold_momentum: Share = 0.99
-    template: Annotated[int, Field(ge=0)] | None = None
+    template: Count | None = None
     """Always this template instead of DCPS."""
 
 
 class CAMs(Table):
     """``[cams]``: CAMs at inference."""
 
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
-    flip: bool = True
+    scales: Annotated[tuple[Factor, ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    flip: Switch = True
 
 
 class Config(Table):
     """The whole configuration; :meth:`load` reads one."""
 
-    run: Run = Run()
+    run: Run = Field(default_factory=Run)
     data: Data
     encoder: Encoder = Encoder()
     prompts: Prompts = Prompts()
@@ -163,9 +167,13 @@ class Config(Table):
         tables = _preset(name) if name in PRESETS else _file(Path(name))
         tables = _merge(tables, _absolute(_overrides(overrides), Path.cwd()))
         try:
-            return cls.model_validate(tables)
+            config = cls.model_validate(tables)
         except ValidationError as error:
             raise InputError("\n".join(f"{name}: {_line(cls, e)}" for e in error.errors())) from None
+        own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
+        if own and Path(name).read_text(encoding="utf-8") != config.to_toml():
+            raise InputError(f"{name}: [run] out: expected another folder: this file would be overwritten")
+        return config
 
     def to_toml(self) -> str:
         """The configuration as TOML; loads back to an equal one."""
@@ -228,6 +236,11 @@ def _absolute(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
         values = tables.get(table)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = str(folder / Path(values[key]).expanduser())
+    encoder = tables.get("encoder")
+    if isinstance(encoder, dict) and isinstance(encoder.get("name"), str):
+        checkpoint = folder / Path(encoder["name"]).expanduser()
+        if checkpoint.is_file():  # else it is a model's name
+            encoder["name"] = str(checkpoint)
     return tables
 
 
@@ -249,5 +262,6 @@ def _line(model: type[BaseModel], error: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    # JSON's strings, numbers, booleans and lists of them are TOML's, but for TOML's inf and DEL.
-    return json.dumps(value, ensure_ascii=True)
+    # JSON's strings, finite numbers, booleans and lists of them are TOML's, but for DEL; escaped, JSON writes what is
+    # outside of the 16-bit range as two halves, which TOML refuses.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

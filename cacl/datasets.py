@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -14,12 +15,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from tqdm import tqdm
 
 from cacl._checks import InputError, did_you_mean, expected
+from cacl.images import read_image, read_mask
 from cacl.metrics import IGNORE
 
 VOC_CLASSES = (
@@ -119,7 +120,7 @@ class CSVDataset(Dataset):
 
     ``classes.txt`` has a class name a line; the first has mask value 1. ``dataset.csv`` has the header
     ``image,labels,mask,split``: paths relative to the folder, labels separated by ``;``, an empty mask where there is
-    none. An image's id is its path without the ending and the folders that all images share.
+    none. An image's id is its path without the ending, or its file's name without it where all lie in one folder.
 
     Args:
         root: the folder.
@@ -139,43 +140,6 @@ def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
     if format not in readers:
         raise expected("format", f"one of {', '.join(readers)}", repr(format))
     return readers[format](root, split)
-
-
-def read_image(path: Path) -> tv_tensors.Image:
-    """Decode an image of any mode and orientation to ``(3, H, W)`` uint8 RGB.
-
-    Raises:
-        ValueError: if the file is missing or does not decode.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 bits: Pillow would clip instead of scale
-                values = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that decodes ({error})") from None
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-def read_mask(path: Path) -> tv_tensors.Mask:
-    """Decode a palette or grey mask to ``(H, W)`` uint8.
-
-    Raises:
-        ValueError: if the file is missing, does not decode, or is a colour image.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("P", "L", "1"):
-                raise InputError(f"{path}: expected a palette or grey mask, but got mode {file.mode}")
-            return tv_tensors.Mask(torch.from_numpy(np.array(file, dtype=np.uint8)))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: not a mask that decodes ({error})") from None
 
 
 def check(dataset: Dataset, *, masks: bool = True, progress: bool = False) -> list[str]:
@@ -252,11 +216,18 @@ def check_folder(
     if format == "csv":
         parts = [_read_csv(root, split) for split in splits] if splits else [_read_csv(root, None)]
     else:
-        parts = [_read_voc(root, split) for split in splits or sorted(path.stem for path in lists.glob("*.txt"))]
+        parts = [_read_voc(root, split) for split in splits or _voc_splits(root)]
+        if not parts:
+            raise InputError(f"{lists}: expected a list of ids for each split, such as train.txt, but there is none")
     problems = [problem for part in parts for problem in part[2]]
     entries = list(dict.fromkeys(entry for part in parts for entry in part[1]))
     problems += check(Dataset(parts[0][0], entries), progress=progress)
     return list(dict.fromkeys(problems))
+
+
+def _voc_splits(root: Path) -> list[str]:
+    splits = sorted(path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt"))
+    return [*splits, "train_aug"] if "val" in splits and (root / "SegmentationClassAug").is_dir() else splits
 
 
 _Read = tuple[tuple[str, ...], list[Entry], list[str]]
@@ -302,6 +273,8 @@ def _read_voc(root: Path, split: str) -> _Read:
             raise InputError(f"{masks}: no masks for the split train_aug")
     elif (lists / f"{split}.txt").is_file():
         ids = [line.split()[0] for line in _lines(lists / f"{split}.txt")]
+        if not ids:
+            raise InputError(f"{lists / split}.txt: expected an id a line, but it is empty")
     else:
         known = sorted(path.stem for path in lists.glob("*.txt"))
         raise InputError(
@@ -319,7 +292,7 @@ def _read_voc(root: Path, split: str) -> _Read:
         except FileNotFoundError:
             if split != "test":  # the test images' annotations are not public
                 problems.append(f"{annotation}: no such file")
-        except (OSError, ElementTree.ParseError) as error:
+        except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: unknown encodings
             problems.append(f"{annotation}: not an annotation that parses ({error})")
         problems += [f"{annotation}: unknown class {name!r}" for name in names if name not in index]
         labels = tuple(sorted({index[name] for name in names if name in index}))
@@ -337,14 +310,17 @@ def _read_csv(root: Path, split: str | None) -> _Read:
     table = root / "dataset.csv"
     reader = csv.reader(io.StringIO(_text(table), newline=""))
     columns = ["image", "labels", "mask", "split"]
-    header = next(reader, [])
+    try:
+        rows = [(cells, reader.line_num) for cells in reader]
+    except csv.Error as error:
+        raise InputError(f"{table}: line {reader.line_num}: expected a row of a CSV file, but {error}") from None
+    header = rows[0][0] if rows else []
     if [name.strip() for name in header] != columns:
         raise InputError(f"{table}: expected the header {','.join(columns)}, but got {','.join(header)!r}")
     index = {name: k for k, name in enumerate(classes)}
     entries: list[Entry] = []
     splits = set()
-    for cells in reader:
-        number = reader.line_num
+    for cells, number in rows[1:]:
         if not cells:
             continue
         if len(cells) != len(columns):
@@ -365,12 +341,12 @@ def _read_csv(root: Path, split: str | None) -> _Read:
             relative = Path(row[column])
             if relative.is_absolute() or ".." in relative.parts:
                 problems.append(f"{table}: line {number}: expected a path inside the folder, but got {str(relative)!r}")
-            elif row[column]:
+            elif relative.name:
                 paths[column] = root / relative
-                if not paths[column].is_file():
+                if not os.path.isfile(paths[column]):  # Path.is_file raises for a name that is too long
                     problems.append(f"{paths[column]}: no such file")
         if "image" not in paths:
-            if not row["image"]:
+            if not Path(row["image"]).name:
                 problems.append(f"{table}: line {number}: expected an image, but it is empty")
             continue
         id = Path(row["image"]).with_suffix("").as_posix()
@@ -379,7 +355,8 @@ def _read_csv(root: Path, split: str | None) -> _Read:
     problems += [f"{table}: duplicate id {id}" for id in _duplicates(entry.id for entry in entries)]
     if not entries and not problems:
         known = ", ".join(sorted(splits)) or "no row"
-        raise InputError(f"{table}: expected rows of split {split!r}, but there is {known}")
+        wanted = "rows" if split is None else f"rows of split {split!r}"
+        raise InputError(f"{table}: expected {wanted}, but there is {known}")
     parents = {Path(entry.id).parent for entry in entries}
     if len(parents) == 1:  # all in one folder: the file's name is enough
         entries = [entry._replace(id=Path(entry.id).name) for entry in entries]

@@ -161,7 +161,10 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             if all(name in known for name in names):
                 return known
         unknown = next((name for name in names if name not in cls.voc(n) and name not in cls.coco(n)), names[0])
-        raise InputError(f"Expected argument `backgrounds`: there are no built-in background words for {unknown!r}.")
+        raise InputError(
+            f"There are no built-in background words for {unknown!r}: give `backgrounds` (in a configuration "
+            "[backgrounds] file) with words for every class."
+        )
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
         if not isinstance(name, str) or _key(name) not in self._names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -19,14 +18,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cacl._checks import InputError, NotFiniteError, check_choice, expected
-from cacl._files import load_state, load_weights, save_state, write_text
+from cacl._files import load_state, load_weights, save_state
+from cacl._log import Callback, Log, Record
 from cacl.datasets import Dataset
 from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
-
-Record = dict[str, Any]
-Callback = Callable[[Record], None]
 
 
 class Batch(NamedTuple):
@@ -177,38 +174,6 @@ def train(
             save(total)
 
 
-class Log:
-    """``log.jsonl``: a JSON object a line, appended and flushed as it comes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, record: Record) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def records(self) -> list[Record]:
-        """All whole lines; a line that was cut off by a kill is left out."""
-        if not self.path.is_file():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Forget what ``stage`` wrote after ``step``."""
-        records = self.records()
-        kept = [record for record in records if record.get("stage") != stage or record.get("step", 0) <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if self.path.is_file() and text != self.path.read_text(encoding="utf-8"):
-            write_text(self.path, text)
-
-
 class _Pending:
     """Values on their way from the device: looked at when they have come, so that no step waits for them."""
 
@@ -333,7 +298,10 @@ def _restore(
         return 0
     for name, module in modules.items():
         load_weights(module, state["modules"][name], path)
+    fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = own  # the device may be another than before
     scaler.load_state_dict(state["scaler"])
     logger.info("going on from step %d of %s", state["step"], path)
     return int(state["step"])

@@ -13,47 +13,55 @@ from pathlib import Path
 
 from cacl import BackgroundSet, pipeline
 from cacl.config import Config
-from cacl.datasets import check_folder
+from cacl.datasets import CSVDataset, check_folder
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("photos", type=Path)
-parser.add_argument("--out", default="my-run")
-parser.add_argument("--words", type=Path, help="JSON {class: [background words]}; asked for if it is not there")
-parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting")
-args = parser.parse_args()
 
-# 1. classes.txt and dataset.csv. Masks are optional, and only ever looked at to evaluate.
-classes = sorted(folder.name for folder in args.photos.iterdir() if folder.is_dir())
-(args.photos / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
-with open(args.photos / "dataset.csv", "w", newline="", encoding="utf-8") as file:
-    table = csv.writer(file)
-    table.writerow(["image", "labels", "mask", "split"])
-    for name in classes:
-        for photo in sorted((args.photos / name).iterdir()):
-            table.writerow([f"{name}/{photo.name}", name, "", "train"])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--out", default="my-run")
+    parser.add_argument("--words", type=Path, help="JSON {class: [background words]}; asked for if it is not there")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting")
+    args = parser.parse_args()
 
-# 2. Every file is opened once, and every problem listed.
-if problems := check_folder(args.photos, progress=True):
-    raise SystemExit("\n".join(problems))
+    # 1. classes.txt and dataset.csv, unless you wrote them. Masks are optional, and only ever looked at to evaluate.
+    if not (args.photos / "dataset.csv").is_file():
+        folders = sorted(folder for folder in args.photos.iterdir() if folder.is_dir())
+        (args.photos / "classes.txt").write_text("\n".join(folder.name for folder in folders) + "\n", encoding="utf-8")
+        with open(args.photos / "dataset.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "labels", "mask", "split"])
+            for folder in folders:
+                for photo in sorted(folder.iterdir()):
+                    table.writerow([f"{folder.name}/{photo.name}", folder.name, "", "train"])
 
-# 3. Background words: what tends to be seen with a class and is not it. Ask a language model, read its answer.
-words = args.words or args.photos / "backgrounds.json"
-if not words.is_file():
-    answers = {}
-    for name in classes:
-        print(BackgroundSet.query(name, 5))
-        answers[name] = BackgroundSet.parse(input("answer, with commas: "))
-    BackgroundSet(answers)  # refuses words that are classes
-    words.write_text(json.dumps(answers, indent=2), encoding="utf-8")
+    # 2. Every file is opened once, and every problem listed.
+    if problems := check_folder(args.photos, progress=True):
+        raise SystemExit("\n".join(problems))
+    classes = CSVDataset(args.photos).classes
 
-# 4. The paper's settings, our data.
-settings = {
-    "run.out": args.out,
-    "data.format": "csv",
-    "data.root": args.photos,
-    "data.eval": "",
-    "backgrounds.file": words,
-}
-config = Config.load("voc", [*(f"{key}={value}" for key, value in settings.items()), "data.train=train", *args.set])
-result = pipeline.run(config)
-print(f"CAMs: {result.out / 'cams' / 'train'}")
+    # 3. Background words: what tends to be seen with a class and is not it. Ask a language model, read its answer.
+    words = args.words or args.photos / "backgrounds.json"
+    if not words.is_file():
+        answers = {}
+        for name in classes:
+            print(BackgroundSet.query(name, 5))
+            answers[name] = BackgroundSet.parse(input("answer, with commas: "))
+        BackgroundSet(answers)  # refuses words that are classes
+        words.write_text(json.dumps(answers, indent=2), encoding="utf-8")
+
+    # 4. The paper's settings, our data.
+    settings = {
+        "run.out": args.out,
+        "data.format": "csv",
+        "data.root": args.photos,
+        "data.eval": "",
+        "backgrounds.file": words,
+    }
+    config = Config.load("voc", [*(f"{key}={value}" for key, value in settings.items()), "data.train=train", *args.set])
+    result = pipeline.run(config)
+    print(f"CAMs: {result.out / 'cams' / 'train'}")
+
+
+if __name__ == "__main__":  # loader processes may import this file
+    main()

@@ -75,6 +75,13 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(config, capsys):
     assert (config.parent / "out/log.jsonl").is_file()
 
 
+def test_a_disk_that_refuses_is_one_line(config, capsys):
+    (config.parent / "out/warmup/stage.json.tmp").mkdir(parents=True)
+    options = ["--set", "camnet.backbone=resnet18", "--set", "camnet.weights=", "--stages", "warmup"]
+    assert main(["run", str(config), *options]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("cacl: [Errno ")
+
+
 def test_module_and_help():
     done = subprocess.run([sys.executable, "-m", "cacl", "--help"], capture_output=True, text=True, check=True)
     assert "run the stages of the chain" in done.stdout

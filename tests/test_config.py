@@ -1,5 +1,7 @@
 """The configuration: the paper's settings, and one line for every mistake."""
 
+from pathlib import Path
+
 import pytest
 
 from cacl.config import Config
@@ -38,13 +40,26 @@ def test_a_file_builds_on_a_preset_and_overrides_win(tmp_path):
     config = Config.load(path, ["cacl.lr=0.5", "run.device=cpu"])
     assert (config.cacl.epochs, config.cacl.lr, config.cacl.batch_size, config.run.device) == (2, 0.5, 16, "cpu")
     assert config.data.root == tmp_path / "photos"
-    assert config.run.out == tmp_path / "cacl-voc" or config.run.out.name == "cacl-voc"
+    assert config.run.out == Path.cwd() / "cacl-voc"  # the preset's
 
 
 def test_it_survives_toml(tmp_path):
     config = Config.load(write(tmp_path, BASE + '[cacl]\ntemplate = 1\n[prompts]\ntemplates = ["ein \\"{}\\" ü."]\n'))
     (tmp_path / "again.toml").write_text(config.to_toml())
     assert Config.load(tmp_path / "again.toml") == config
+
+
+def test_any_text_survives_toml(tmp_path):
+    config = Config.load("voc", ["data.root=x", "run.out=/\U0001f600", "data.train=\x7f"])
+    (tmp_path / "again.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert Config.load(tmp_path / "again.toml") == config
+
+
+def test_a_checkpoint_beside_the_file_is_found(tmp_path):
+    (tmp_path / "clip.pt").touch()
+    path = write(tmp_path, BASE + '[encoder]\nname = "clip.pt"\n')
+    assert Config.load(path).encoder.name == str(tmp_path / "clip.pt")
+    assert Config.load(path, ["encoder.name=ViT-B/16"]).encoder.name == "ViT-B/16"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +72,9 @@ def test_it_survives_toml(tmp_path):
             r"config.toml: \[cacl\] epochs: input should be a valid number.* got 'three'$",
         ),
         (BASE + "[cacl]\nalpha = -1", r"\[cacl\] alpha: input should be greater than or equal to 0, but got -1"),
+        (BASE + '[cacl]\nbatch_size = "16"', r"\[cacl\] batch_size: input should be a valid integer, but got '16'"),
+        (BASE + '[cams]\nflip = "no"', r"\[cams\] flip: input should be a valid boolean, but got 'no'"),
+        (BASE + "[run]\nseed = 9223372036854775808", r"\[run\] seed: input should be less than 9223372036854775808"),
         (BASE + "[cacl]\nlr = nan", r"\[cacl\] lr: input should be"),
         (
             BASE + "[cacl]\nbatch_size = 0",
@@ -64,6 +82,7 @@ def test_it_survives_toml(tmp_path):
         ),
         (BASE + '[cacl]\nthreshold_mode = "softly"', r"\[cacl\] threshold_mode: input should be 'soft', 'quantile' or"),
         (BASE + "[cams]\nscales = []", r"\[cams\] scales: "),
+        (BASE + '[run]\nout = "."', r"config.toml: \[run\] out: expected another folder"),
         ('base = "voc"', r"config.toml: \[data\] root: missing$"),
         ('base = "vok"', r"config.toml: base: expected a preset \(voc, coco\), but got 'vok'$"),
         ("[data\n", r"config.toml: expected a TOML file, but"),

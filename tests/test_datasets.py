@@ -42,10 +42,13 @@ def test_bad_photos_are_one_line(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:90])
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "pickle.png").write_bytes(pickle.dumps({"a": 1}))
-    for name in ("cut.png", "text.jpg", "pickle.png"):
+    (tmp_path / "number.ppm").write_bytes(b"P6 16\xbd 16 255\n")  # Pillow raises a ValueError
+    for name in ("cut.png", "text.jpg", "pickle.png", "number.ppm"):
         with pytest.raises(ValueError, match=rf"{name}: not an image that decodes") as error:
             read_image(tmp_path / name)
         assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=rf"{name}: (not a mask that decodes|expected a palette or grey mask)"):
+            read_mask(tmp_path / name)
     with pytest.raises(ValueError, match=r"none.png: no such file"):
         read_image(tmp_path / "none.png")
 
@@ -94,6 +97,9 @@ def test_csv_without_mask_and_with_blanks(tmp_path):
         ("images/0.png,boat,train", r"dataset.csv: line 2: expected 4 columns, but got 3"),
         ("images/none.png,boat,,train", r"none.png: no such file"),
         (",boat,,train", r"dataset.csv: line 2: expected an image, but it is empty"),
+        (".,boat,,train", r"dataset.csv: line 2: expected an image, but it is empty"),
+        ("a" * 300 + ".png,boat,,train", r"a.png: no such file"),
+        ('"' + "images/0.png,boat,,train\n" * 9999, r"dataset.csv: line \d+: expected a row of a CSV file, but"),
         ("../0.png,boat,,train", r"line 2: expected a path inside the folder, but got '../0.png'"),
         ("/etc/passwd,boat,,train", r"line 2: expected a path inside the folder, but got '/etc/passwd'"),
         ("images/0.png,boat,,train\nimages/0.png,boat,,train", r"dataset.csv: duplicate id images/0"),
@@ -146,6 +152,12 @@ def test_bad_voc(tmp_path):
     with pytest.raises(ValueError, match="unknown class 'ship'") as error:
         VOC(tmp_path, "train")
     lines = str(error.value).splitlines()
+    (tmp_path / "Annotations/2007_000003.xml").write_text('<?xml version="1.0" encoding="none"?><annotation/>')
+    with pytest.raises(ValueError, match=r"2007_000003.xml: not an annotation that parses \(unknown encoding"):
+        VOC(tmp_path, "train")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"train.txt: expected an id a line, but it is empty"):
+        VOC(tmp_path, "train")
     assert len(lines) == 3
     assert "2007_000001.xml: not an annotation that parses" in lines[1]
     assert lines[2].endswith("2007_000002.jpg: no such file")
@@ -174,9 +186,14 @@ def test_check_of_voc_and_of_nothing(tmp_path):
     (tmp_path / "voc/JPEGImages/2007_000005.jpg").write_text("broken")
     assert check_folder(tmp_path / "voc", splits=["train_aug"]) == []
     assert len(check_folder(tmp_path / "voc", splits=["train_aug", "val"])) == 1
+    (tmp_path / "voc/SegmentationClassAug/2007_000000.png").write_text("broken")
+    assert len(check_folder(tmp_path / "voc")) == 2
     write_csv(tmp_path / "voc")
     assert check_folder(tmp_path / "voc") == []
-    assert len(check_folder(tmp_path / "voc", format="voc")) == 1
+    assert len(check_folder(tmp_path / "voc", format="voc")) == 2
+    (tmp_path / "none/ImageSets/Segmentation").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"Segmentation: expected a list of ids for each split"):
+        check_folder(tmp_path / "none")
     with pytest.raises(ValueError, match="no data set here"):
         check_folder(tmp_path)
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import TinyBackbone, TinyEncoder
 from drawn import write_csv
+from PIL import Image
 
 import cacl
 from cacl import pipeline
+from cacl._files import replacing
 from cacl.config import Config
 
 SETTINGS = [
@@ -59,7 +61,7 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
     names = set(files(result.out))
     assert names == {
         "config.toml", "data.json", "log.jsonl", "metrics.json",
-        "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json", "cams/made.json",
+        "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json",
         *(f"cams/train/{i}.npz" for i in range(6)),
     }  # fmt: skip
     assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
@@ -132,6 +134,10 @@ def test_a_stage_needs_those_before_it(root, tmp_path):
         run(root, tmp_path / "out", stages=["cacl"])
     run(root, tmp_path / "out", stages=["warmup"])
     run(root, tmp_path / "out", stages=["cacl"])
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match="the stage 'warmup' has not finished with these settings; run it first"):
+        run(root, tmp_path / "out", "warmup.lr=0.5", stages=["cacl"])
+    assert files(tmp_path / "out") == before
     with pytest.raises(ValueError, match="the stage 'cacl' has not finished with these settings"):
         run(root, tmp_path / "out", "cacl.beta=0", stages=["cams"])
     with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", but got'):
@@ -147,6 +153,72 @@ def test_bad_photos_are_listed_before_the_first_step_and_nothing_is_lost(root, t
         run(root, tmp_path / "out")
     assert len(str(error.value).splitlines()) == 2
     assert files(tmp_path / "out") == before
+
+
+def test_bad_masks_of_the_training_images_show_before_the_first_step(root, tmp_path):
+    Image.new("L", (64, 48), 7).save(root / "masks/2.png")
+    with pytest.raises(ValueError, match=r"masks/2.png: expected values 0 to 2 or 255, but got 7"):
+        run(root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_settings_leave_nothing_of_the_run_before(root, tmp_path, monkeypatch):
+    whole = files(run(root, tmp_path / "whole", "cacl.alpha=5").out)
+    out = run(root, tmp_path / "out").out
+    written = []
+
+    def stopping(path):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return replacing(path)
+
+    monkeypatch.setattr("cacl.cams.replacing", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, out, "cacl.alpha=5")
+    run(root, out, "cacl.alpha=5")
+    assert files(out) == whole
+    assert list(run(root, out, "warmup.lr=0.02", stages=["warmup"]).metrics) == ["warmup"]
+
+
+def test_restart_does_every_file_again(root, tmp_path):
+    out = run(root, tmp_path / "out").out
+    before = files(out)
+    (out / "cams/train/0.npz").write_text("broken")
+    run(root, out, resume=False)
+    assert files(out) == before
+
+
+def test_a_checkpoint_that_a_kill_left_is_removed(root, tmp_path):
+    out = run(root, tmp_path / "out").out
+    (out / "cacl/checkpoint.pt").write_text("left")
+    run(root, out)
+    assert not (out / "cacl/checkpoint.pt").exists()
+
+
+def test_another_checkpoint_under_the_same_name_is_another_encoder(root, tmp_path, clip_state):
+    torch.save(clip_state, tmp_path / "clip.pt")
+    seen = []
+    for _ in range(2):
+        run(root, tmp_path / "out", f"encoder.name={tmp_path / 'clip.pt'}", encoder=None, stages=["warmup", "cacl"],
+            callback=lambda record: seen.append(record["stage"]))  # fmt: skip
+        torch.save({**clip_state, "logit_scale": torch.zeros(()), "text_projection": -clip_state["text_projection"]},
+                   tmp_path / "clip.pt")  # fmt: skip
+    assert list(dict.fromkeys(seen)) == ["warmup", "cacl"]
+    assert [seen.count(stage) for stage in ("warmup", "cacl")] == [4, 8]
+
+
+def test_plan_says_what_would_be_done(root, tmp_path):
+    config = configure(root, tmp_path / "out", "cacl.beta=0")
+    pipeline.run(config, encoder=None, backbone=None, stages=[])  # writes the configuration, and no stage
+    assert pipeline.plan(config) == ["warmup: new", "cacl: new", "cams: new"]
+    small = [*SETTINGS, f"data.root={root}", f"run.out={tmp_path / 'out'}", "camnet.backbone=resnet18"]
+    config = Config.load("voc", [*small, "camnet.weights="])
+    pipeline.run(config, stages=["warmup"])
+    assert pipeline.plan(config, ["warmup"]) == ["warmup: finished"]
+    assert pipeline.plan(config, ["warmup"], resume=False) == ["warmup: to be done again"]
+    changed = Config.load("voc", [*small, "camnet.weights=", "warmup.lr=1"])
+    assert pipeline.plan(changed, ["warmup"]) == ["warmup: to be done again"]
 
 
 def test_data_without_masks_trains_and_has_no_metrics(root, tmp_path):
@@ -193,15 +265,19 @@ def test_clip_from_a_checkpoint(root, tmp_path, clip_state):
         (["data.train=tarin"], "expected rows of split 'tarin', but there is train, val"),
         (["encoder.name=ViT-B/23"], "but got 'ViT-B/23'; did you mean \"ViT-"),
         (["camnet.backbone=resnet51"], "Expected argument `backbone` to be one of"),
+        (["warmup.scale=[2.0,1.0]"], r"Expected argument `scale\[1\]` to be a number in \[2, 100\], but got 1.0"),
         (["cacl.template=4"], r"Expected argument `template` to be in \[0, 3\], but got 4"),
         (["backgrounds.file=none.json"], "none.json: "),
     ],
 )
-def test_bad_settings_are_one_line(root, tmp_path, settings, message):
+def test_bad_settings_are_one_line_and_nothing_is_lost(root, tmp_path, settings, message):
+    run(root, tmp_path / "out")
+    before = files(tmp_path / "out")
     with pytest.raises(ValueError, match=message) as error:
         run(root, tmp_path / "out", *settings, encoder=None if "encoder" in settings[0] else TinyEncoder(),
             backbone=None if "backbone" in settings[0] else TinyBackbone())  # fmt: skip
     assert "\n" not in str(error.value)
+    assert files(tmp_path / "out") == before
 
 
 def test_a_model_of_another_size_is_refused(root, tmp_path):

@@ -210,6 +210,12 @@ def test_a_log_line_that_was_cut_off_is_dropped(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == '{"stage": "a", "step": 1}\n'
 
 
+def test_a_log_of_something_else_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'1\n\xff\xfe\n{"stage": "a", "step": 1}\n')
+    Log(tmp_path / "log.jsonl").rewind("b", 0)
+    assert (tmp_path / "log.jsonl").read_text() == '{"stage": "a", "step": 1}\n'
+
+
 def test_bf16_is_near_fp32(data):
     full, _ = run(data, settings(epochs=1))
     half, _ = run(data, settings(epochs=1, precision="bf16"))
