@@ -78,6 +78,25 @@ split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 224) 
 """
 
 
+# The stages: what a user calls without the pipeline.
+STAGES = """
+pipeline.run(config: Config | str | PathLike[str], *, encoder: ImageTextEncoder | None = None, backbone: nn.Module |
+    None = None, stages: Sequence[str] | None = None, resume: bool = True, callback: Callback | None = None) -> Result
+datasets.VOC(root: str | PathLike[str], split: str) -> None
+datasets.CSVDataset(root: str | PathLike[str], split: str | None = None) -> None
+datasets.Sample(id, image, labels, mask)
+cams.make_cams(net: CAMNet, dataset: Dataset, out: Path, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool
+    = True, device: torch.device | str = 'cpu', workers: int = 0, keep: bool = False, progress: bool = True) -> None
+metrics.ConfusionMatrix(num_classes: int) -> None
+metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
+    num_classes: int, *, scores: Sequence[float] = ({})) -> Sweep
+training.train(step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], optimizer:
+    torch.optim.Optimizer, dataset: Dataset, loop: Loop, *, name: str = 'train', checkpoint: Path | None = None, key:
+    str = '', log: Log | None = None, callback: Callback | None = None) -> None
+config.Config.load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Config
+""".format(", ".join(str(i / 100) for i in range(61)))
+
+
 def signature(function: object) -> str:
     """The signature with its annotations as they are written in the source."""
     return re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", str(inspect.signature(function)))
@@ -109,6 +128,16 @@ def described(name: str) -> list[str]:
 def test_public_names_and_signatures():
     wanted = re.sub(r"\n +", " ", API).strip().splitlines()
     assert [line for name in cacl.__all__ for line in described(name)] == wanted
+
+
+def test_stage_names_and_signatures():
+    for line in re.sub(r"\n +", " ", STAGES).strip().splitlines():
+        module, _, path = line.partition("(")[0].partition(".")
+        thing = importlib.import_module(f"cacl.{module}")
+        for part in path.split("."):
+            thing = getattr(thing, part)
+        rest = f"({', '.join(thing._fields)})" if hasattr(thing, "_fields") else signature(thing)
+        assert f"{module}.{path}{rest}" == line
 
 
 def test_all_is_sorted_and_without_doubles():

@@ -38,7 +38,7 @@ def test_step_runs_and_writes_its_numbers(tmp_path: Path) -> None:
     assert max(result["relative_error"].values()) < 1e-4
     assert list(result["steps"]) == ["encoder", "cacl", "naive"]
     for row in result["steps"].values():
-        assert row.keys() == {"ms", "GFLOP", "GB", "GFLOP/s", "GB/s"}
+        assert row.keys() == {"ms", "max/min", "GFLOP", "GB", "GFLOP/s", "GB/s"}
         assert min(row.values()) > 0
     gflop = {name: row["GFLOP"] for name, row in result["steps"].items()}
     assert gflop["cacl"] == gflop["encoder"]  # two images a pair, no text, no gradient of a weight

@@ -300,17 +300,21 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}]
 from test_pipeline import run
-run({root!r}, {out!r}, "run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20", "run.workers={workers}")
+run({root!r}, {out!r}, *{settings!r}, "run.workers={workers}")
 """
 
 
-@pytest.mark.parametrize(("kills", "workers"), [(3, 0), pytest.param(10, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "workers"),
+    [(3, 0), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
+)
 def test_killed_and_started_again_is_the_same_byte_for_byte(root, tmp_path, kills, workers):
-    more = ("run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20")
-    whole = files(run(root, tmp_path / "whole", *more).out)
+    settings = ["run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20", "cacl.momentum=0.9"]
+    settings += ["cacl.threshold_mode=soft", "cacl.threshold=0.25"]
+    whole = files(run(root, tmp_path / "whole", *settings).out)
     out = tmp_path / "killed"
     tests = str(Path(__file__).parent)
-    script = SCRIPT.format(tests=tests, root=str(root), out=str(out), workers=workers)
+    script = SCRIPT.format(tests=tests, root=str(root), out=str(out), settings=settings, workers=workers)
     log = out / "log.jsonl"
     killed = 0
     for number in range(kills + 1):
@@ -329,3 +333,23 @@ def test_killed_and_started_again_is_the_same_byte_for_byte(root, tmp_path, kill
         killed += process.wait() != 0
     assert killed >= kills - 1
     assert files(out) == whole
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = [{tests!r}]
+from test_pipeline import run
+run({root!r}, {out!r}, "warmup.epochs=1", "cacl.epochs=1", "warmup.batch_size=16", "cacl.batch_size=16")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    peaks = []
+    for images in (250, 2500):
+        root = write_csv(tmp_path / f"data{images}", train=images)
+        code = MEMORY.format(tests=str(Path(__file__).parent), root=str(root), out=str(tmp_path / f"out{images}"))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 30, f"MiB at 250 and 2 500 images: {peaks}"
