@@ -92,7 +92,7 @@ class Session:
     def log(self) -> Log:
         return Log(self.out / "log.jsonl")
 
-    def net(self, weights: str | None = None) -> CAMNet:
+    def net(self, stage: str | None = None) -> CAMNet:
         """A network with its initial weights, or with those that a finished stage left."""
         table = self.config.camnet
         with torch.random.fork_rng(devices=[]):
@@ -100,9 +100,10 @@ class Session:
             backbone: str | nn.Module = table.backbone
             if self.given_backbone is not None:
                 backbone = copy.deepcopy(self.given_backbone)
-            net = CAMNet(len(self.train.classes), backbone=backbone, weights=table.weights or None)
-        if weights is not None:
-            path = self.out / weights / "model.pt"
+            pretrained = table.weights or None if stage is None else None
+            net = CAMNet(len(self.train.classes), backbone=backbone, weights=pretrained)
+        if stage is not None:
+            path = self.out / stage / "model.pt"
             load_weights(net, load_state(path), path)
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
