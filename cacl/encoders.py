@@ -6,6 +6,7 @@ import http.client
 import importlib
 import sys
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -70,7 +71,7 @@ def load_encoder(
     return encoder.to(device) if device is not None else encoder
 
 
-class _Frozen(nn.Module):
+class _Frozen(nn.Module, ABC):
     """A model in evaluation mode and float32 whose weights never take a gradient."""
 
     image_size: int
@@ -93,8 +94,9 @@ class _Frozen(nn.Module):
         features: Tensor = self.model.encode_text(self.tokenize(list(texts)).to(next(self.parameters()).device))
         return features
 
+    @abstractmethod
     def tokenize(self, texts: list[str]) -> Tensor:
-        raise NotImplementedError
+        """T texts -> ``(T, L)`` tokens."""
 
 
 class CLIPEncoder(_Frozen):

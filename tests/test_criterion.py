@@ -225,7 +225,9 @@ def test_an_encoder_that_is_no_module(encoder, batch):
         def encode_text(self, texts):
             return encoder.encode_text(texts)
 
-    CACLLoss(Plain(), NAMES, backgrounds=BACKGROUNDS).to(torch.float32)(*batch).total.backward()
+    plain = CACLLoss(Plain(), NAMES, backgrounds=BACKGROUNDS).to(torch.float32)(*batch).total
+    assert torch.equal(plain, CACLLoss(encoder, NAMES, backgrounds=BACKGROUNDS)(*batch).total)
+    plain.backward()
 
 
 # Errors

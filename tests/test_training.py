@@ -250,7 +250,7 @@ def test_masks_come_when_asked_for(data):
 def test_training_opens_no_mask(data):
     for entry in data.entries:
         entry.mask.unlink()
-    run(data, settings(epochs=1))
+    assert len(run(data, settings(epochs=1))[1]) == 3
 
 
 def test_no_epochs_is_nothing(data, tmp_path):
