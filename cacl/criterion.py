@@ -107,6 +107,7 @@ class CACLLoss(nn.Module):
         else:
             background_text = self.selector.prompt_features[:, :0]
         self.register_buffer("_background_text", background_text, persistent=False)
+        self.bgs.to(background_text.device)
         mean, std = (encoder.mean, encoder.std) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
         scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
         shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
@@ -148,15 +149,14 @@ class CACLLoss(nn.Module):
         if features.ndim != 2 or len(features) != 2 * pairs:
             raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
         foreground, background = features.chunk(2)
-        text = self.selector(foreground, classes).text
+        text, _, s_ff = self.selector(foreground, classes)
         itc = self.itc(foreground, background, text)
         bgs = foreground.sum() * 0
         if self.beta > 0:
             bgs = self.bgs(foreground, self._background_text[classes], classes)
         total = self.alpha * itc + self.beta * bgs + self.gamma * region
-        with torch.no_grad():
-            s_ff, s_bf = cosine(foreground, text).mean(), cosine(background, text).mean()
-        return CACLTerms(total, itc, bgs, region, s_ff, s_bf, self.bgs.pass_rate)
+        s_bf = cosine(background.detach(), text)
+        return CACLTerms(total, itc, bgs, region, s_ff.detach().mean(), s_bf.mean(), self.bgs.pass_rate)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
         if isinstance(self.encoder, nn.Module):

@@ -79,7 +79,8 @@ class ContextSelector(nn.Module):
         else:
             index = similarity.detach().argmax(1)
         if self.training:
-            self.counts.index_put_((classes, index), torch.ones_like(index), accumulate=True)
+            cell = classes * self.counts.shape[1] + index
+            self.counts.view(-1).scatter_add_(0, cell, torch.ones_like(index))
         pair = torch.arange(len(index), device=index.device)
         return Selection(prompts[pair, index], index, similarity[pair, index])
 

@@ -256,7 +256,7 @@ def test_settings_are_checked(make, settings, kind, text):
 
 
 def test_names_without_words(encoder):
-    text = "Expected argument `backgrounds`: there are no built-in background words for 'unicorn'."
+    text = "There are no built-in background words for 'unicorn': give `backgrounds`"
     with pytest.raises(ValueError, match=re.escape(text)):
         CACLLoss(encoder, ("cat", "unicorn"))
 
