@@ -323,7 +323,7 @@ def test_n_is_checked(n):
 def test_built_in_finds_the_list_that_knows_all_names():
     assert dict(BackgroundSet.built_in(["tvmonitor", "sofa"])) == dict(BackgroundSet.voc())
     assert dict(BackgroundSet.built_in(["tv", "giraffe"], n=3)) == dict(BackgroundSet.coco(3))
-    with pytest.raises(ValueError, match="there are no built-in background words for 'unicorn'"):
+    with pytest.raises(ValueError, match="There are no built-in background words for 'unicorn'"):
         BackgroundSet.built_in(["cat", "unicorn"])
 
 
