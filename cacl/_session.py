@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,10 @@ class Session:
             reason = str(error).splitlines()[0]
             raise InputError(f"[run] device: expected a device of this machine, but got {name!r}: {reason}") from None
         return device
+
+    @property
+    def workers(self) -> int:
+        return min(self.config.run.workers, os.cpu_count() or 1)
 
     @cached_property
     def train(self) -> Dataset:
@@ -148,7 +153,7 @@ class Session:
             view=RandomView(table.crop, scale=table.scale),
             schedule=table.schedule,
             seed=run.seed,
-            workers=run.workers,
+            workers=self.workers,
             device=self.device,
             precision=run.precision,
             checkpoint_seconds=run.checkpoint_seconds,
@@ -248,7 +253,7 @@ class Session:
             scales=table.scales,
             flip=table.flip,
             device=self.device,
-            workers=self.config.run.workers,
+            workers=self.workers,
         )
         classes = ("background", *self.train.classes)
         at = sweep.iou[sweep.scores.index(BACKGROUND_SCORE)]

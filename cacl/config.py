@@ -42,7 +42,7 @@ class Run(Table):
     """A torch device; ``"auto"`` takes a GPU if there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: Count = 2
-    """Processes that load images; changes nothing in the result."""
+    """Processes that load images, at most one a core; changes nothing in the result."""
     checkpoint_seconds: Weight = 60.0
 
 

@@ -116,7 +116,7 @@ def _cacl(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 
 def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table, workers = session.config.cams, session.config.run.workers
+    table = session.config.cams
     make_cams(
         session.net("cacl"),
         session.train,
@@ -124,7 +124,7 @@ def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
         scales=table.scales,
         flip=table.flip,
         device=session.device,
-        workers=workers,
+        workers=session.workers,
         keep=True,  # of this very stage from before a stop; those of another were removed
     )
 
