@@ -279,7 +279,10 @@ def _collate(samples: Sequence[Any]) -> Batch | InputError:
             return sample
     ids, images, labels, masks = zip(*samples, strict=True)
     return Batch(
-        list(ids), torch.stack(images), torch.stack(labels), torch.stack(masks) if masks[0] is not None else None
+        list(ids),
+        torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
+        torch.stack(labels),
+        torch.stack(masks) if masks[0] is not None else None,
     )
 
 

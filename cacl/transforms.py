@@ -12,11 +12,22 @@ from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
 from cacl.metrics import IGNORE
 
 
-def normalize(image: Tensor) -> Tensor:
-    """``(3, H, W)`` uint8 -> float32 normalised with ImageNet's statistics."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
-    # Contiguous first: the channels of a decoded image lie side by side, and a constant a channel is slow on that.
-    return image.as_subclass(Tensor).contiguous().float().sub_(mean).div_(std)
+def normalize(image: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``(3, H, W)`` uint8 -> float32 normalised with ImageNet's statistics, channels last in memory.
+
+    That is how decoders give images and how networks take them.
+
+    Args:
+        image: the image.
+        out: where to write, ``(H, W, 3)``; a new tensor if None.
+    """
+    _, height, width = image.shape
+    out = torch.empty(height, width, 3) if out is None else out
+    # A row is treated as a whole: a constant for each of three neighbours is slow.
+    mean, std = (torch.tensor(values).repeat(width) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    rows = image.as_subclass(Tensor).permute(1, 2, 0).reshape(height, 3 * width)
+    torch.sub(rows, mean, out=out.view(height, 3 * width)).div_(std)
+    return out.permute(2, 0, 1)
 
 
 class RandomView:
@@ -63,8 +74,9 @@ class RandomView:
             x = F.crop(F.resize(x, sizes, antialias=True), *cut, *kept)
             return F.horizontal_flip(x) if mirror < self.flip else x
 
-        result = torch.zeros(3, self.crop, self.crop)
-        result[:, *window] = normalize(view(image))
+        canvas = torch.zeros(self.crop, self.crop, 3)
+        normalize(view(image), out=canvas[window])
+        result = canvas.permute(2, 0, 1)
         if mask is None:
             return result, None
         cropped = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)
