@@ -41,12 +41,8 @@ def plain(path: Path, crop: int, rng: random.Random) -> Tensor:
     height, width = pixels.shape[:2]
     canvas = np.zeros((crop, crop, 3), np.float32)
     top, left = rng.randint(0, abs(height - crop)), rng.randint(0, abs(width - crop))
-    source = pixels[top:, left:] if height > crop and width > crop else pixels
-    if height > crop and width <= crop:
-        source = pixels[top:]
-    if width > crop and height <= crop:
-        source = pixels[:, left:]
-    source = source[:crop, :crop]
+    y, x = (top if height > crop else 0), (left if width > crop else 0)
+    source = pixels[y : y + crop, x : x + crop]
     row, column = (0 if height > crop else top), (0 if width > crop else left)
     canvas[row : row + source.shape[0], column : column + source.shape[1]] = source
     return torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))

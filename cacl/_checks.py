@@ -26,6 +26,11 @@ def expected(argument: str, wanted: str, got: object) -> InputError:
     return InputError(f"Expected argument `{argument}` to be {wanted}, but got {got}.")
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
@@ -69,6 +74,12 @@ def check_range(argument: str, value: float, low: float, high: float) -> None:
         raise InputTypeError(f"Expected argument `{argument}` to be a number, but got {type(value).__name__}.")
     if not low <= value <= high:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
+
+
+def check_positive(argument: str, value: object) -> None:
+    """Require an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise expected(argument, "a positive integer", repr(value))
 
 
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:

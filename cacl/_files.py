@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError
+from cacl._checks import InputError, first_line
 
 
 @contextmanager
@@ -66,8 +66,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds; each means that the file is something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a checkpoint (nothing in it was run): {reason}") from None
+        raise InputError(f"{path}: not a checkpoint (nothing in it was run): {first_line(error)}") from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: expected a checkpoint, but got {type(state).__name__}")
     return state

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cacl._checks import InputError
+from cacl._checks import InputError, first_line
 from cacl._files import load_state, load_weights, read_json, write_json, write_text
 from cacl._log import Callback, Log, Record
 from cacl.camnet import CAMNet
@@ -63,7 +63,7 @@ class Session:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"[run] device: expected a device of this machine, but got {name!r}: {reason}") from None
         return device
 
@@ -83,6 +83,12 @@ class Session:
             return None
         dataset = open_dataset(data.format, data.root, data.eval)
         return dataset if any(entry.mask for entry in dataset.entries) else None
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the data sets, with their masks, as this run found them."""
+        datasets = {"train": self.train, "eval": self.eval}
+        return {name: dataset.fingerprint(masks=True) for name, dataset in datasets.items() if dataset is not None}
 
     @cached_property
     def encoder(self) -> ImageTextEncoder:
@@ -105,8 +111,8 @@ class Session:
             backbone: str | nn.Module = table.backbone
             if self.given_backbone is not None:
                 backbone = copy.deepcopy(self.given_backbone)
-            pretrained = table.weights or None if stage is None else None
-            net = CAMNet(len(self.train.classes), backbone=backbone, weights=pretrained)
+            pretrained = table.weights if stage is None else ""
+            net = CAMNet(len(self.train.classes), backbone=backbone, weights=pretrained or None)
         if stage is not None:
             path = self.out / stage / "model.pt"
             load_weights(net, load_state(path), path)
@@ -171,16 +177,15 @@ class Session:
             self.net()
         if "cacl" in stages and not self.finished("cacl"):
             _ = self.criterion
-        datasets = {"train": self.train, "eval": self.eval}
-        keys = {name: dataset.fingerprint(masks=True) for name, dataset in datasets.items() if dataset is not None}
-        if read_json(self.out / "data.json") != keys:
+        if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
-            problems = [line for dataset in datasets.values() if dataset for line in check(dataset, progress=True)]
+            datasets = [dataset for dataset in (self.train, self.eval) if dataset is not None]
+            problems = [line for dataset in datasets for line in check(dataset, progress=True)]
             if problems:
                 raise InputError("\n".join(dict.fromkeys(problems)))
         try:
             write_text(self.out / "config.toml", self.config.to_toml())
-            write_json(self.out / "data.json", keys)
+            write_json(self.out / "data.json", self.fingerprints)
         except OSError as error:
             raise InputError(f"{self.out}: expected a folder to write to, but {error.strerror or error}") from None
 
@@ -190,7 +195,7 @@ class Session:
         path = folder / "stage.json"
         state = read_json(path)
         same = resume and state.get("key") == key
-        if same and self.finished(name):
+        if same and state.get("finished"):
             logger.info("%s: finished before", name)
             (folder / "checkpoint.pt").unlink(missing_ok=True)  # left by a kill just after the stage
         else:
@@ -205,7 +210,6 @@ class Session:
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
                 if (folder / "train").is_dir():
                     shutil.rmtree(folder / "train")
-                self.log.rewind(name, 0)
             start = time.monotonic()
             write_json(path, {"key": key, "finished": False})
             body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
@@ -237,13 +241,13 @@ class Session:
 
     def evaluate(self, name: str) -> None:
         """Mean IoU of a finished stage's CAMs: on the split to evaluate, or of the files that were written."""
-        dataset, split = self.eval, self.config.data.eval
+        role, dataset, split = "eval", self.eval, self.config.data.eval
         if name == "cams":
-            dataset, split = self.train, self.config.data.train
+            role, dataset, split = "train", self.train, self.config.data.train
         if dataset is None or not any(entry.mask for entry in dataset.entries):
             return
         table = self.config.cams
-        key = _hash(self.key(name), table, split, dataset.fingerprint(masks=True))
+        key = _hash(self.key(name), table, split, self.fingerprints[role])
         if self.metrics.get(name, {}).get("key") == key:
             return
         source = self.out / "cams" / "train" if name == "cams" else self.net(name)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._checks import InputError, InputTypeError, check_choice, check_tensor, did_you_mean, expected, shape
+from cacl._checks import (
+    InputError,
+    InputTypeError,
+    check_choice,
+    check_positive,
+    check_tensor,
+    did_you_mean,
+    expected,
+    shape,
+)
 
 
 class CAMOutput(NamedTuple):
@@ -48,8 +57,7 @@ class CAMNet(nn.Module):
         self, num_classes: int = 20, *, backbone: str | nn.Module = "resnet50", weights: str | None = "DEFAULT"
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise expected("num_classes", "a positive integer", repr(num_classes))
+        check_positive("num_classes", num_classes)
         self.num_classes = num_classes
         self.backbone = _ResNet(backbone, weights) if isinstance(backbone, str) else backbone
         channels = getattr(self.backbone, "out_channels", None)

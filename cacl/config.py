@@ -29,7 +29,7 @@ Switch = Annotated[bool, Field(strict=True)]
 class Table(BaseModel):
     """One table of the TOML file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Run(Table):

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError, did_you_mean
+from cacl._checks import InputError, did_you_mean, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -144,7 +144,7 @@ class OpenCLIPEncoder(_Frozen):
         try:
             network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
         except RuntimeError as error:
-            raise InputError(f"open_clip:{name}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"open_clip:{name}: {first_line(error)}") from None
         return cls(network, open_clip.get_tokenizer(model))
 
     def tokenize(self, texts: list[str]) -> Tensor:
@@ -209,8 +209,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each means that the file is something else
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {reason}") from None
+        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {first_line(error)}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
     return state
@@ -233,7 +232,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
-    model = importlib.import_module("clip.model") if _import_clip() else None
+    clip = _import_clip()
     needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
     missing = [key for key in needed if key not in state]
     if missing:
@@ -242,7 +241,7 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     if vocabulary < tokens:
         raise InputError(f"{name}: CLIP's tokenizer has {tokens} tokens, but the checkpoint knows {vocabulary}.")
     try:
-        network: nn.Module = model.build_model(dict(state))  # type: ignore[union-attr]
+        network: nn.Module = clip.model.build_model(dict(state))
     except Exception as error:  # whatever a state dict of other sizes makes it raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: its parameters do not make a CLIP model: {reason}") from None

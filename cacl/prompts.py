@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from cacl._checks import InputError, InputTypeError, check_words, did_you_mean, expected
+from cacl._checks import InputError, InputTypeError, check_positive, check_words, did_you_mean, expected
+from cacl._features import unit
 
 if TYPE_CHECKING:
     from cacl.encoders import ImageTextEncoder
@@ -139,8 +139,7 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
         if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
             raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
         if n is not None:
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise expected("n", "a positive integer", repr(n))
+            check_positive("n", n)
             for name, list_ in words.items():
                 if len(list_) < n:
                     raise expected("n", f"at most {len(list_)}, the number of words for {name!r} in {path}", n)
@@ -253,11 +252,10 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 @torch.no_grad()
 def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise expected("batch_size", "a positive integer", repr(batch_size))
+    check_positive("batch_size", batch_size)
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
     chunks = [encoder.encode_text(unique[i : i + batch_size]).float() for i in range(0, len(unique), batch_size)]
-    features = F.normalize(torch.cat(chunks), dim=-1)
+    features = unit(torch.cat(chunks))
     if features.shape[0] != len(unique) or features.ndim != 2:
         raise InputError(
             f"Expected `encoder.encode_text` to return ({len(unique)}, D) for {len(unique)} texts, "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._checks import InputTypeError, check_tensor, expected, shape
+from cacl._checks import InputTypeError, check_positive, check_tensor, expected, shape
 
 
 class Regions(NamedTuple):
@@ -74,8 +74,7 @@ def split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 2
         raise expected("cams", f"of the same batch size as `images` {len(images)}", shape(cams))
     if labels.shape != cams.shape[:2]:
         raise expected("labels", f"of shape {tuple(cams.shape[:2])}, as `cams`", shape(labels))
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise expected("size", "a positive integer", repr(size))
+    check_positive("size", size)
     image_index = image_index.to(images.device, non_blocking=True)
     class_index = class_index.to(images.device, non_blocking=True)
     mask = resize(cams[image_index, class_index][:, None], size)

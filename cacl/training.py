@@ -252,7 +252,7 @@ def _batches(dataset: Dataset, loop: Loop, start: int, total: int) -> Iterator[B
     device = torch.device(loop.device)
     loader = DataLoader(
         _Views(dataset, loop),
-        batch_sampler=_Sampler(len(dataset), loop, start, total),
+        batch_sampler=_order(len(dataset), loop, start, total),
         num_workers=loop.workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -263,14 +263,6 @@ def _batches(dataset: Dataset, loop: Loop, start: int, total: int) -> Iterator[B
             raise batch
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
         yield batch._replace(images=images)
-
-
-class _Sampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    def __init__(self, images: int, loop: Loop, start: int, total: int) -> None:
-        self.arguments = (images, loop, start, total)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return _order(*self.arguments)
 
 
 def _collate(samples: Sequence[Any]) -> Batch | InputError:

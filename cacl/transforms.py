@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from cacl._checks import check_range, expected
+from cacl._checks import check_positive, check_range
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
 from cacl.metrics import IGNORE
 
@@ -47,8 +47,7 @@ class RandomView:
     """
 
     def __init__(self, crop: int, *, scale: tuple[float, float] = (0.625, 1.25), flip: float = 0.5) -> None:
-        if isinstance(crop, bool) or not isinstance(crop, int) or crop < 1:
-            raise expected("crop", "a positive integer", repr(crop))
+        check_positive("crop", crop)
         check_range("scale[0]", scale[0], 0.01, 100)
         check_range("scale[1]", scale[1], scale[0], 100)
         check_range("flip", flip, 0, 1)
