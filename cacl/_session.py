@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cacl import scenes
 from cacl._checks import InputError, first_line
 from cacl._files import load_state, load_weights, read_json, write_json, write_text
 from cacl._log import Callback, Log, Record
@@ -36,7 +37,7 @@ from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
 
-STAGES = ("warmup", "cacl", "cams")
+STAGES = ("warmup", "cacl", "cams", "report")
 """The stages in their order; each builds on the one before it."""
 
 
@@ -71,17 +72,22 @@ class Session:
     def workers(self) -> int:
         return min(self.config.run.workers, os.cpu_count() or 1)
 
+    def open(self, split: str) -> Dataset:
+        data = self.config.data
+        if data.format == "scenes":
+            scenes.generate(data.root, **self.config.scenes.model_dump(), workers=self.workers)
+        return open_dataset(data.format, data.root, split)
+
     @cached_property
     def train(self) -> Dataset:
-        return open_dataset(self.config.data.format, self.config.data.root, self.config.data.train)
+        return self.open(self.config.data.train)
 
     @cached_property
     def eval(self) -> Dataset | None:
         """The split to evaluate on, or None where there is none or it has no masks."""
-        data = self.config.data
-        if not data.eval:
+        if not self.config.data.eval:
             return None
-        dataset = open_dataset(data.format, data.root, data.eval)
+        dataset = self.open(self.config.data.eval)
         return dataset if any(entry.mask for entry in dataset.entries) else None
 
     @cached_property
@@ -123,9 +129,9 @@ class Session:
         words, names = self.config.backgrounds, self.train.classes
         if self.config.cacl.beta == 0:
             return None
-        if words.file is None:
-            return BackgroundSet.built_in(names, words.n or 5)
-        return BackgroundSet.from_json(words.file, words.n)
+        beside = self.config.data.root / "backgrounds.json"
+        file = words.file or (beside if beside.is_file() and self.config.data.format != "voc" else None)
+        return BackgroundSet.from_json(file, words.n) if file else BackgroundSet.built_in(names, words.n or 5)
 
     @cached_property
     def criterion(self) -> CACLLoss:
@@ -231,8 +237,10 @@ class Session:
                 mine += [_identity(self.given_encoder), self.key("warmup")]
                 if (checkpoint := Path(config.encoder.name)).is_file():
                     mine += [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
-            else:
+            elif name == "cams":
                 mine = [config.cams, self.key("cacl")]
+            else:
+                mine = [config.report, self.key("cams"), self.fingerprints]
             self.keys[name] = _hash(*common, *mine)
         return self.keys[name]
 
@@ -244,7 +252,7 @@ class Session:
         role, dataset, split = "eval", self.eval, self.config.data.eval
         if name == "cams":
             role, dataset, split = "train", self.train, self.config.data.train
-        if dataset is None or not any(entry.mask for entry in dataset.entries):
+        if name == "report" or dataset is None or not any(entry.mask for entry in dataset.entries):
             return
         table = self.config.cams
         key = _hash(self.key(name), table, split, self.fingerprints[role])

@@ -21,6 +21,7 @@ from cacl._checks import (
     expected,
     shape,
 )
+from cacl._small import Trunk, load_trunk
 
 
 class CAMOutput(NamedTuple):
@@ -38,10 +39,11 @@ class CAMNet(nn.Module):
     Args:
         num_classes: K.
         backbone: the name of a torchvision ResNet, whose last stage is set to stride 1 (output stride 16) and whose
-            first convolution and batch norm are frozen; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an
-            attribute ``out_channels``, which is taken as it is.
+            first convolution and batch norm are frozen; ``"scenes"`` for a small network of output stride 8, made for
+            :mod:`cacl.scenes`; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an attribute ``out_channels``,
+            which is taken as it is.
         weights: torchvision's name of the pretrained weights (downloaded once), or None for random ones; for a named
-            backbone only.
+            backbone only. ``"scenes"`` brings its own, ``"DEFAULT"``.
 
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
@@ -59,7 +61,7 @@ class CAMNet(nn.Module):
         super().__init__()
         check_positive("num_classes", num_classes)
         self.num_classes = num_classes
-        self.backbone = _ResNet(backbone, weights) if isinstance(backbone, str) else backbone
+        self.backbone = _named(backbone, weights) if isinstance(backbone, str) else backbone
         channels = getattr(self.backbone, "out_channels", None)
         if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
             raise InputTypeError(
@@ -138,6 +140,14 @@ class CAMNet(nn.Module):
         return [{"params": trunk, "lr": lr}, {"params": head, "lr": lr * head_factor}]
 
 
+def _named(name: str, weights: str | None) -> nn.Module:
+    if name != "scenes":
+        return _ResNet(name, weights)
+    if weights not in ("DEFAULT", None):
+        raise expected("weights", "one of DEFAULT, None for scenes", repr(weights))
+    return load_trunk() if weights is not None else Trunk()
+
+
 class _ResNet(nn.Module):
     """A torchvision ResNet without its head, at output stride 16, the first convolution and batch norm frozen."""
 
@@ -148,7 +158,9 @@ class _ResNet(nn.Module):
         known = [model for model in models.list_models(module=models) if model.startswith(("res", "wide_res"))]
         if name not in known:
             hint = did_you_mean(name, known)
-            raise InputError(f"Expected argument `backbone` to be one of {', '.join(known)}, but got {name!r}{hint}")
+            raise InputError(
+                f"Expected argument `backbone` to be one of {', '.join(known)}, scenes, but got {name!r}{hint}"
+            )
         available = [w.name for w in models.get_model_weights(name)]
         if weights is not None and weights not in (*available, "DEFAULT"):
             choices = ", ".join((*available, "DEFAULT"))

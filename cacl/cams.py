@@ -148,7 +148,9 @@ def make_cams(
     """
     paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
     wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
-    for index, cams in _predict(net, dataset, wanted, scales, flip, device, workers, progress, "cams"):
+    for index, cams in predict_cams(
+        net, dataset, wanted, scales=scales, flip=flip, device=device, workers=workers, progress=progress
+    ):
         with replacing(paths[index]) as file:
             np.savez_compressed(file, classes=cams.classes, maps=cams.maps)
 
@@ -202,7 +204,10 @@ def evaluate_cams(
         raise expected("dataset", "images with masks", "none with one")
     num_classes = len(dataset.classes)
     if isinstance(source, CAMNet):
-        predictions = _predict(source, dataset, masked, scales, flip, device, workers, progress, "evaluate")
+        predictions = predict_cams(
+            source, dataset, masked, scales=scales, flip=flip, device=device, workers=workers, progress=progress,
+            desc="evaluate",
+        )  # fmt: skip
     else:
         files = ((i, load_cams(source / f"{dataset.entries[i].id}.npz", num_classes)) for i in masked)
         predictions = tqdm(files, total=len(masked), desc="evaluate", unit="image", disable=None if progress else True)
@@ -215,17 +220,19 @@ def evaluate_cams(
     return threshold_sweep(samples(), num_classes)
 
 
-def _predict(
+def predict_cams(
     net: CAMNet,
     dataset: Dataset,
     indices: Sequence[int],
-    scales: Sequence[float],
-    flip: bool,
-    device: torch.device | str,
-    workers: int,
-    progress: bool,
-    desc: str,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    flip: bool = True,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: bool = True,
+    desc: str = "cams",
 ) -> Iterator[tuple[int, ImageCAMs]]:
+    """(index, CAMs of the image's labels) of some images, one by one; arguments as for :func:`make_cams`."""
     loader = DataLoader(_Images(dataset, indices), batch_size=None, num_workers=workers, generator=torch.Generator())
     for index, image in tqdm(loader, desc=desc, unit="image", disable=None if progress else True):
         if isinstance(image, InputError):

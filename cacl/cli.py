@@ -1,4 +1,4 @@
-"""The command line: ``cacl run`` and ``cacl check``; errors of the user's making are one line and exit code 2."""
+"""The command line: ``cacl run``, ``check``, ``ablate``; errors of the user's making are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -51,6 +51,23 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(options: argparse.Namespace) -> int:
+    from cacl import ablate
+    from cacl.config import Config
+
+    config = Config.load(options.config, options.set)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"out": _beside(config.run.out)})})
+    tables = [name.strip() for name in options.tables.split(",")]
+    for path in ablate.run(config, tables=tables, seeds=options.seeds):
+        print(path.read_text(encoding="utf-8"))
+        print(f"table: {path}, {path.with_suffix('.csv')}")
+    return 0
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}-ablation")
+
+
 def _check(options: argparse.Namespace) -> int:
     from cacl import datasets
     from cacl.config import Config
@@ -74,18 +91,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the stages of the chain", description="Run the stages of the chain.")
-    run.add_argument("config", metavar="CONFIG", help="a TOML file, or a preset: voc, coco")
+    run.add_argument("config", metavar="CONFIG", help="a TOML file, or a preset: voc, coco, scenes")
     run.add_argument("--stages", metavar="A,B", help="only these stages")
     run.add_argument("--restart", action="store_true", help="do the stages again, from their beginning")
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the stages, run nothing")
     run.set_defaults(command=_run)
+
+    ablate = commands.add_parser(
+        "ablate", help="the paper's tables on your data", description="Train the variants of the paper's tables."
+    )
+    ablate.add_argument("config", metavar="CONFIG", help="what the variants vary: a TOML file or a preset")
+    ablate.add_argument(
+        "--tables", default="4,5,6,7,8", metavar="A,B", help="4, 5, 6, 7, 8, theta (default: 4,5,6,7,8)"
+    )
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a variant (default: 3)")
+    ablate.set_defaults(command=_ablate)
 
     check = commands.add_parser(
         "check", help="open every file of a data set once", description="List every problem of a data set."
     )
     check.add_argument("path", metavar="PATH", help="a data set's folder, or a configuration")
     check.set_defaults(command=_check)
-    for command in (run, check):
+    for command in (run, ablate, check):
         command.add_argument(
             "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"
         )

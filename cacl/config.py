@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cacl._checks import InputError, did_you_mean
 from cacl.prompts import DEFAULT_TEMPLATES
 
-PRESETS = ("voc", "coco")
+PRESETS = ("voc", "coco", "scenes")
 _ASSETS = Path(__file__).with_name("assets")
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -49,12 +49,23 @@ class Run(Table):
 class Data(Table):
     """``[data]``: the images."""
 
-    format: Literal["voc", "csv"]
+    format: Literal["voc", "csv", "scenes"]
+    """``"scenes"`` is drawn into ``root`` when it is first needed (see :func:`cacl.scenes.generate`)."""
     root: Path
     train: str = "train"
     """Split that is trained on: images and labels, never a mask."""
     eval: str = "val"
     """Split that CAMs are evaluated on where it has masks; empty for none."""
+
+
+class Scenes(Table):
+    """``[scenes]``: what is drawn for the data format ``"scenes"``."""
+
+    train: Positive = 400
+    val: Positive = 100
+    size: Annotated[int, Field(ge=32, le=4096, strict=True)] = 160
+    seed: Count = 0
+    """Of the drawing; ``[run] seed`` is that of the training."""
 
 
 class Encoder(Table):
@@ -76,7 +87,7 @@ class Backgrounds(Table):
     n: Positive | None = None
     """The first n words of each class; by default 5 of the built-in lists, and all of a file."""
     file: Path | None = None
-    """A JSON object class -> words; the built-in lists by default."""
+    """A JSON object class -> words; ``backgrounds.json`` beside the data set's CSV, or else the built-in lists."""
 
 
 class CAMNetwork(Table):
@@ -84,7 +95,7 @@ class CAMNetwork(Table):
 
     backbone: str = "resnet50"
     weights: str = "DEFAULT"
-    """torchvision's name of the pretrained weights; empty for random ones."""
+    """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones; empty for random ones."""
 
 
 class Training(Table):
@@ -136,11 +147,18 @@ class CAMs(Table):
     flip: Switch = True
 
 
+class Report(Table):
+    """``[report]``: what is shown at the end."""
+
+    images: Positive = 8
+
+
 class Config(Table):
     """The whole configuration; :meth:`load` reads one."""
 
     run: Run = Field(default_factory=Run)
     data: Data
+    scenes: Scenes = Scenes()
     encoder: Encoder = Encoder()
     prompts: Prompts = Prompts()
     backgrounds: Backgrounds = Backgrounds()
@@ -148,10 +166,11 @@ class Config(Table):
     warmup: Warmup = Warmup()
     cacl: CACL = CACL()
     cams: CAMs = CAMs()
+    report: Report = Report()
 
     @classmethod
     def load(cls, source: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-        """Read a preset (``"voc"``, ``"coco"``) or a TOML file.
+        """Read a preset (``"voc"``, ``"coco"``, ``"scenes"``) or a TOML file.
 
         A file may name the preset that it builds on in a top-level key ``base``. Its relative paths are taken from
         its own folder, those of overrides and presets from the current one.

@@ -118,8 +118,9 @@ class CSVDataset(Dataset):
 
 
 def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
-    """A split of a data set by the name of its format: ``"voc"`` or ``"csv"``."""
-    readers: dict[str, Callable[[str | PathLike[str], str], Dataset]] = {"voc": VOC, "csv": CSVDataset}
+    """A split of a data set by the name of its format: ``"voc"``, ``"csv"``, or ``"scenes"``, which is a CSV."""
+    readers: dict[str, Callable[[str | PathLike[str], str], Dataset]]
+    readers = {"voc": VOC, "csv": CSVDataset, "scenes": CSVDataset}
     if format not in readers:
         raise expected("format", f"one of {', '.join(readers)}", repr(format))
     return readers[format](root, split)
@@ -180,7 +181,7 @@ def check_folder(
 
     Args:
         root: the folder.
-        format: ``"voc"`` or ``"csv"``; by what lies in the folder if None.
+        format: ``"voc"``, ``"csv"`` or ``"scenes"``; by what lies in the folder if None.
         splits: the splits to look at; all of them if None.
         progress: show a progress bar where there is a terminal.
 
@@ -196,7 +197,7 @@ def check_folder(
         if not (root / "dataset.csv").is_file() and not lists.is_dir():
             raise InputError(f"{root}: no data set here: expected dataset.csv, or ImageSets/Segmentation of PASCAL VOC")
         format = "csv" if (root / "dataset.csv").is_file() else "voc"
-    if format == "csv":
+    if format != "voc":
         parts = [read_csv(root, split) for split in splits] if splits else [read_csv(root, None)]
     else:
         parts = [read_voc(root, split) for split in splits or voc_splits(root)]

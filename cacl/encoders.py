@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cacl._checks import InputError, did_you_mean, first_line
+from cacl._small import TwoTowers, load_towers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,7 +54,8 @@ def load_encoder(
 
     Args:
         name: a model of OpenAI's CLIP such as ``"ViT-B/32"`` (downloaded once, checked by its hash), the path of a
-            CLIP checkpoint (a state dict or OpenAI's TorchScript archive), or ``"open_clip:MODEL/PRETRAINED"``.
+            CLIP checkpoint (a state dict or OpenAI's TorchScript archive), ``"open_clip:MODEL/PRETRAINED"``, or
+            ``"scenes"``, a small one that comes with the package and knows the world of :mod:`cacl.scenes` only.
         device: where it goes; the CPU by default.
         root: folder for downloads; the library's own default if not given.
 
@@ -64,6 +66,8 @@ def load_encoder(
     name = str(name)
     if name.startswith("open_clip:"):
         encoder: _Frozen = OpenCLIPEncoder.load(name.removeprefix("open_clip:"), root=root)
+    elif name == "scenes":
+        encoder = ScenesEncoder(load_towers())
     elif Path(name).is_file():
         encoder = CLIPEncoder(_build_clip(_read_checkpoint(Path(name)), name))
     else:
@@ -80,7 +84,8 @@ class _Frozen(nn.Module, ABC):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model.float().requires_grad_(False).eval()
+        self.model: Any = model.float().requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> _Frozen:
         return super().train(False)
@@ -149,6 +154,21 @@ class OpenCLIPEncoder(_Frozen):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         tokens: Tensor = self._tokenizer(texts)
+        return tokens
+
+
+class ScenesEncoder(_Frozen):
+    """The encoder of the drawn world, made by ``benchmarks/train_scenes.py``, as an :class:`ImageTextEncoder`."""
+
+    image_size = 80
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+
+    def __init__(self, model: TwoTowers) -> None:
+        super().__init__(model)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        tokens: Tensor = self.model.tokenize(texts)
         return tokens
 
 

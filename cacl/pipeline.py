@@ -8,15 +8,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from cacl._checks import check_choice
-from cacl._files import read_json, save_state
+from cacl._files import read_json, replacing, save_state
 from cacl._log import Callback
 from cacl._session import STAGES, Body, Session, describe
-from cacl.cams import make_cams, train_cacl, train_classifier
+from cacl.cams import make_cams, predict_cams, train_cacl, train_classifier
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
+from cacl.metrics import BACKGROUND_SCORE
+from cacl.pictures import heatmap, overlay, sheet, threshold
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class Result:
     metrics: dict[str, Any]
     """``metrics.json``: for each evaluation its mIoU with split, background score, CRF, number of images."""
 
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures that the run has made."""
+        return sorted((self.out / "report").glob("*.png"))
+
     def summary(self) -> str:
-        """A line for each evaluation."""
-        return "\n".join(describe(name, metrics) for name, metrics in self.metrics.items())
+        """A line for each evaluation, and where the pictures are."""
+        lines = [describe(name, metrics) for name, metrics in self.metrics.items()]
+        return "\n".join([*lines, *(f"picture: {path}" for path in self.pictures)])
 
 
 def run(
@@ -42,7 +51,7 @@ def run(
     resume: bool = True,
     callback: Callback | None = None,
 ) -> Result:
-    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams``.
+    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint.
@@ -129,4 +138,41 @@ def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
     )
 
 
-_BODIES: dict[str, Body] = {"warmup": _warmup, "cacl": _cacl, "cams": _cams}
+def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    dataset = session.eval or session.train
+    count = min(session.config.report.images, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    table = session.config.cams
+    stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
+    cams = {
+        title: dict(
+            predict_cams(
+                session.net(stage),
+                dataset,
+                chosen,
+                scales=table.scales,
+                flip=table.flip,
+                device=session.device,
+                workers=session.workers,
+            )
+        )
+        for title, stage in stages.items()
+    }
+    truth = [i for i in chosen if dataset.entries[i].mask is not None]
+    rows = []
+    for i in chosen:
+        photo = dataset.image(i).permute(1, 2, 0).numpy()
+        maps = {title: of[i].resized(photo.shape[:2]) for title, of in cams.items()}
+        pictures = [photo, *(heatmap(photo, each) for each in maps.values())]
+        classes, last = next(reversed(cams.values()))[i].classes, next(reversed(maps.values()))
+        pictures.append(overlay(photo, threshold(classes, last)))
+        if truth:
+            pictures.append(overlay(photo, dataset.mask(i).numpy()) if i in truth else np.zeros_like(photo))
+        names = ", ".join(dataset.classes[k] for k in dataset.entries[i].labels)
+        rows.append((f"{dataset.entries[i].id}: {names}", pictures))
+    titles = ["photo", *cams, f"its mask at {BACKGROUND_SCORE}", *(["ground truth"] if truth else [])]
+    with replacing(folder / "cams.png") as file:
+        sheet(titles, rows).save(file, "PNG")
+
+
+_BODIES: dict[str, Body] = {"warmup": _warmup, "cacl": _cacl, "cams": _cams, "report": _report}

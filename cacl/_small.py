@@ -1,0 +1,130 @@
+"""Small networks for the world of :mod:`cacl.scenes`: an image-text encoder and a backbone, with their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cacl._checks import InputError, did_you_mean
+
+ASSET = Path(__file__).with_name("assets") / "scenes.npz"
+"""The weights in float16, and the words that the encoder knows; ``benchmarks/train_scenes.py`` makes it."""
+
+
+class Trunk(nn.Sequential):
+    """``(B, 3, H, W)`` -> ``(B, out_channels, H/8, W/8)``."""
+
+    def __init__(self, width: int = 40, blocks: int = 1) -> None:
+        super().__init__(
+            *_convolution(3, width, 2),
+            *_convolution(width, 2 * width, 2),
+            _Residual(2 * width),
+            *_convolution(2 * width, 4 * width, 2),
+            *(_Residual(4 * width) for _ in range(blocks)),
+        )
+        self.out_channels = 4 * width
+
+
+class TwoTowers(nn.Module):
+    """Images by what is seen where, averaged over the places; texts by their words without regard to their order.
+
+    Args:
+        words: the words that texts may have.
+        features: D.
+    """
+
+    def __init__(self, words: Sequence[str], features: int = 128) -> None:
+        super().__init__()
+        trunk = Trunk()
+        hidden = 2 * features
+        self.image = nn.Sequential(
+            trunk, nn.Conv2d(trunk.out_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, features, 1)
+        )
+        self.index = {word: i for i, word in enumerate(words, start=1)}
+        self.words = nn.EmbeddingBag(len(words) + 1, features, mode="sum", padding_idx=0)
+        self.text = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, features))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, D)``."""
+        features: Tensor = self.image(images).mean((2, 3))
+        return features
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """``(T, L)`` -> ``(T, D)``."""
+        bag = self.words(tokens)
+        features: Tensor = bag + self.text(bag)
+        return features
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """T texts -> ``(T, L)``, short ones padded with 0.
+
+        Raises:
+            ValueError: if a word is not known.
+        """
+        rows = [re.findall(r"[^\W_]+", text.lower()) for text in texts]
+        tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            for j, word in enumerate(row):
+                if word not in self.index:
+                    raise InputError(
+                        f"The encoder 'scenes' is made for drawn scenes and does not know the word {word!r} in {text!r}"
+                        f"{did_you_mean(word, self.index)}"
+                    )
+                tokens[i, j] = self.index[word]
+        return tokens
+
+
+def save(path: Path, towers: TwoTowers, trunk: Trunk) -> None:
+    """Write the weights of both."""
+    arrays = {"words": np.array(list(towers.index))}
+    for name, module in (("towers", towers), ("trunk", trunk)):
+        for key, value in module.state_dict().items():
+            if not key.endswith("num_batches_tracked"):  # batch norm does not use it here
+                arrays[f"{name}.{key}"] = value.numpy().astype(np.float16)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def load_towers(path: Path = ASSET) -> TwoTowers:
+    """The image-text encoder in a file of :func:`save`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        words = arrays["words"].tolist()
+    towers = TwoTowers(words)
+    _fill(towers, "towers", path)
+    return towers
+
+
+def load_trunk(path: Path = ASSET) -> Trunk:
+    """The backbone in a file of :func:`save`."""
+    trunk = Trunk()
+    _fill(trunk, "trunk", path)
+    return trunk
+
+
+def _fill(module: nn.Module, name: str, path: Path) -> None:
+    with np.load(path, allow_pickle=False) as arrays:
+        state = {
+            key.removeprefix(f"{name}."): torch.from_numpy(arrays[key].astype(np.float32))
+            for key in arrays.files
+            if key.startswith(f"{name}.")
+        }
+    # What is not in the file is batch norm's count of batches, which nothing here uses.
+    module.load_state_dict({**module.state_dict(), **state})
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_convolution(channels, channels), *_convolution(channels, channels)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = (x + self.body(x)).relu()
+        return result
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

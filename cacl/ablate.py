@@ -1,0 +1,250 @@
+"""The paper's tables 4 to 8 on any data set: one shared warm-up a seed, one CA-CL training a variant."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cacl import pipeline
+from cacl._checks import InputError, check_choice, check_positive
+from cacl._files import read_json, write_json, write_text
+from cacl._log import Callback, Log
+from cacl._session import Session
+from cacl.config import Config
+from cacl.encoders import ImageTextEncoder
+from cacl.prompts import DEFAULT_TEMPLATES
+
+logger = logging.getLogger("cacl")
+
+TABLES = ("4", "5", "6", "7", "8", "theta")
+"""The paper's tables 4 to 8, and the three modes of the threshold of eq. 10-11."""
+
+Changes = Mapping[str, Mapping[str, Any]]
+
+
+class Variant(NamedTuple):
+    """A row of a table."""
+
+    name: str
+    changes: Changes
+    """Table of the configuration -> key -> value."""
+    paper: float | None
+    """The paper's mean IoU of CAMs in per cent, on PASCAL VOC's split ``train``."""
+
+
+class Score(NamedTuple):
+    """What one training gave."""
+
+    miou: float
+    oracle: float
+    step: float
+    """Median seconds a step."""
+
+
+def run(
+    config: Config | str | os.PathLike[str],
+    *,
+    tables: Sequence[str] = TABLES[:5],
+    seeds: int = 3,
+    encoder: ImageTextEncoder | None = None,
+    backbone: nn.Module | None = None,
+    callback: Callback | None = None,
+) -> list[Path]:
+    """Train the variants of some tables and write each table as Markdown and as CSV into ``[run] out``.
+
+    A variant that stands in several tables is trained once, and every training starts from the warm-up of its seed.
+    What is finished is not done again, and the tables are written anew after each training.
+
+    Args:
+        config: what the variants vary.
+        tables: which of :data:`TABLES`.
+        seeds: trainings a variant, with the seeds ``[run] seed`` and those after it.
+        encoder: instead of the configuration's.
+        backbone: instead of the configuration's.
+        callback: gets every record of every training.
+
+    Returns:
+        The Markdown files.
+
+    Raises:
+        ValueError: if the configuration or the data do not allow a table, before anything is trained.
+    """
+    config = config if isinstance(config, Config) else Config.load(config)
+    check_positive("seeds", seeds)
+    for table in tables:
+        check_choice("tables", table, TABLES)
+    out = config.run.out
+    wanted = {table: variants(config, table) for table in tables}
+    folders = _folders(config)
+    todo = list(dict.fromkeys(folders[repr(v.changes)] for rows in wanted.values() for v in rows))
+    changes = {folders[repr(v.changes)]: v.changes for rows in wanted.values() for v in rows}
+    changed = {name: _changed(config, changes[name]) for name in todo}
+    arguments: dict[str, Any] = {"encoder": encoder, "backbone": backbone, "callback": callback}
+    scores: dict[str, list[Score]] = {name: [] for name in todo}
+    starts: list[Score] = []
+    if Session(config, encoder, backbone, None).eval is None:
+        raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
+    for variant in changed.values():
+        _ = Session(variant, encoder, backbone, None).backgrounds  # too few words show now
+    for i in range(seeds):
+        seed = config.run.seed + i
+        folder = out / f"seed-{seed}"
+        start = folder / "start"
+        warmup = pipeline.run(_changed(config, {"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
+        starts.append(_score(warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size))
+        for name in todo:
+            logger.info("ablate: seed %d, %s (%d of %d)", seed, name, todo.index(name) + 1, len(todo))
+            _fork(start, folder / name)
+            variant = _changed(changed[name], {"run": {"out": folder / name, "seed": seed}})
+            result = pipeline.run(variant, stages=["warmup", "cacl"], **arguments)
+            scores[name].append(_score(result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size))
+            for table, rows in wanted.items():
+                lines = [(v, scores[folders[repr(v.changes)]]) for v in rows]
+                _write(out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"])
+    return [out / f"table-{table}.md" for table in tables]
+
+
+def variants(config: Config, table: str) -> list[Variant]:
+    """The rows of one of :data:`TABLES`."""
+    templates, words = config.prompts.templates, config.backgrounds.n
+    candidates = tuple(dict.fromkeys((*templates, ORIGAMI)))
+
+    def variant(name: str, paper: float | None, **changes: dict[str, Any]) -> Variant:
+        same = config.model_dump()
+        kept = {t: {k: v for k, v in keys.items() if same[t][k] != v} for t, keys in changes.items()}
+        return Variant(name, {t: keys for t, keys in kept.items() if keys}, paper)
+
+    def prompts(some: tuple[str, ...]) -> dict[str, Any]:
+        return {"prompts": {"templates": some}, "cacl": {"template": None}}
+
+    if table == "4":
+        single = [variant(f"only “{t}”", _PAPER_SINGLE.get(t), **prompts((t,))) for t in candidates]
+        paper = 64.4 if templates == DEFAULT_TEMPLATES else None
+        return [*single, variant(f"DCPS of {len(templates)}", paper)]
+    if table == "5":
+        return [variant("DCPS and ITC, without CSBS", 58.4, cacl={"beta": 0.0}), variant("with CSBS", 64.4)]
+    if table == "6":
+        return [
+            variant("ITC", 57.9, cacl={"beta": 0.0, "gamma": 0.0}),
+            variant("ITC + REG", 58.4, cacl={"beta": 0.0}),
+            variant("ITC + BGS", 62.7, cacl={"gamma": 0.0}),
+            variant("ITC + BGS + REG", 64.4),
+        ]
+    if table == "7":
+        return [variant(f"m = {m}", _PAPER_M.get(m), **prompts(candidates[:m])) for m in range(1, len(candidates) + 1)]
+    if table == "8":
+        counts = sorted({*range(3, 8), *([words] if words else [])})
+        return [variant(f"n = {n}", _PAPER_N.get(n), backgrounds={"n": n}) for n in counts]
+    return [variant(mode, None, cacl={"threshold_mode": mode}) for mode in ("fixed", "soft", "quantile")]
+
+
+ORIGAMI = "a clean origami {}."
+"""The fifth candidate of the paper, which it dropped."""
+_PAPER_SINGLE = dict(zip((*DEFAULT_TEMPLATES, ORIGAMI), (62.8, 62.7, 61.9, 60.3, 59.8), strict=True))
+_PAPER_M = {1: 62.8, 2: 63.1, 3: 63.7, 4: 64.4, 5: 62.4}
+_PAPER_N = {3: 59.7, 4: 61.5, 5: 64.4, 6: 63.6, 7: 63.7}
+_TITLES = {
+    "4": "Table 4: a single template against dynamic context prompt selection",
+    "5": "Table 5: without and with class-specific background suppression",
+    "6": "Table 6: losses",
+    "7": "Table 7: number m of templates (the first m; in the paper the best m)",
+    "8": "Table 8: number n of background words (the first n)",
+    "theta": "Modes of the threshold θ, eq. 10-11",
+}
+
+
+def _folders(config: Config) -> dict[str, str]:
+    """Changes -> name of the run folder: that of the first table and row in which they stand."""
+    names: dict[str, str] = {}
+    for table in TABLES:
+        for i, variant in enumerate(variants(config, table), start=1):
+            names.setdefault(repr(variant.changes), f"table-{table}-{i}")
+    return names
+
+
+def _changed(config: Config, changes: Changes) -> Config:
+    tables = config.model_dump()
+    for table, keys in changes.items():
+        tables[table] = {**tables[table], **keys}
+    return Config.model_validate(tables)
+
+
+def _fork(start: Path, folder: Path) -> None:
+    """A run folder whose warm-up is that of another."""
+    marker = Path("warmup") / "stage.json"
+    if read_json(folder / marker) == read_json(start / marker):
+        return
+    (folder / "warmup").mkdir(parents=True, exist_ok=True)
+    for name in ("data.json", "warmup/model.pt"):
+        (folder / name).unlink(missing_ok=True)
+        try:
+            os.link(start / name, folder / name)
+        except OSError:  # not every file system has links
+            shutil.copyfile(start / name, folder / name)
+    write_json(folder / "metrics.json", {"warmup": read_json(start / "metrics.json")["warmup"]})
+    write_json(folder / marker, read_json(start / marker))
+
+
+def _score(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int) -> Score:
+    records = [record for record in Log(folder / "log.jsonl").records() if record.get("stage") == stage]
+    seconds = [batch_size / record["images_per_second"] for record in records]
+    return Score(metrics["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan"))
+
+
+def _write(
+    path: Path,
+    title: str,
+    lines: Sequence[tuple[Variant, Sequence[Score]]],
+    starts: Sequence[Score],
+    metrics: Mapping[str, Any],
+) -> None:
+    """One table as Markdown and as CSV."""
+    seeds = max(len(scores) for _, scores in lines)
+    text = [
+        f"# {title}",
+        "",
+        "| variant | CAM mIoU % | oracle % | paper % | ms a step |",
+        "|---|---|---|---|---|",
+        f"| warm-up | {_spread(s.miou for s in starts)} | {_spread(s.oracle for s in starts)} | | |",
+    ]
+    cells = [["variant", "miou_mean", "miou_std", "oracle_mean", "oracle_std", "paper", "seconds_per_step", "seeds"]]
+    for variant, scores in [(Variant("warm-up", {}, None), starts), *lines]:
+        miou, oracle = [score.miou for score in scores], [score.oracle for score in scores]
+        step = statistics.median(score.step for score in scores) if scores else None
+        paper = "" if variant.paper is None else f"{variant.paper}"
+        if variant.name != "warm-up":
+            time = "" if step is None else f"{1000 * step:.0f}"
+            text.append(f"| {variant.name} | {_spread(miou)} | {_spread(oracle)} | {paper} | {time} |")
+        numbers = [f"{100 * f(x):.2f}" if x else "" for x in (miou, oracle) for f in (statistics.fmean, _deviation)]
+        cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
+    text += [
+        "",
+        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_score']}, no "
+        f"CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation. The oracle is the best background "
+        "score. The paper's figures are those of CAMs on the split train of PASCAL VOC.",
+        "",
+    ]
+    write_text(path.with_suffix(".md"), "\n".join(text))
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(cells)
+    write_text(path.with_suffix(".csv"), buffer.getvalue())
+
+
+def _spread(values: Iterator[float] | Sequence[float]) -> str:
+    known = [100 * value for value in values]
+    if not known:
+        return ""
+    return f"{statistics.fmean(known):.1f}" + (f" ± {_deviation(known):.1f}" if len(known) > 1 else "")
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,78 @@
+"""CAMs and masks beside their photos, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from cacl.metrics import BACKGROUND_SCORE, IGNORE
+
+Pixels = NDArray[np.uint8]
+
+
+def palette(size: int = 256) -> Pixels:
+    """The colours of PASCAL VOC's masks, ``(size, 3)``: the bits of a value, spread over red, green and blue."""
+    values = np.arange(size)
+    colours = np.zeros((size, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((values >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
+    """The largest of ``(C, H, W)`` CAMs in [0, 1], from blue over green to red, over an ``(H, W, 3)`` photo."""
+    heat = maps.max(0, initial=0.0)[..., None]
+    colours = np.clip(1.5 - np.abs(4 * heat - np.array((3.0, 2.0, 1.0))), 0, 1) * 255
+    mixed: Pixels = (0.45 * photo + 0.55 * colours).astype(np.uint8)
+    return mixed
+
+
+def overlay(photo: Pixels, mask: NDArray[np.integer]) -> Pixels:
+    """The classes of an ``(H, W)`` mask in VOC's colours over a darkened photo; what is ignored in white."""
+    colours = palette()
+    colours[IGNORE] = 255
+    shown = np.where(mask[..., None] > 0, 0.35 * photo + 0.65 * colours[mask], 0.35 * photo)
+    return shown.astype(np.uint8)
+
+
+def threshold(
+    classes: NDArray[np.int64], maps: NDArray[np.float32], score: float = BACKGROUND_SCORE
+) -> NDArray[np.int64]:
+    """``(C, H, W)`` CAMs of ``classes`` -> ``(H, W)``: the class + 1 of the largest above ``score``, or else 0."""
+    if not len(classes):
+        return np.zeros(maps.shape[1:], dtype=np.int64)
+    return np.where(maps.max(0) > score, classes[maps.argmax(0)] + 1, 0)
+
+
+def sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Pixels]]], *, height: int = 160) -> Image.Image:
+    """A table of pictures.
+
+    Args:
+        titles: of the columns.
+        rows: each a caption and a picture for every column.
+        height: of a row in pixels; wide pictures are shown smaller, so that none is wider than 3/2 of that.
+    """
+    gap, line = 6, 16
+    sized = [(caption, [_fit(pixels, height) for pixels in pictures]) for caption, pictures in rows]
+    widths = [max((pictures[c].width for _, pictures in sized), default=0) for c in range(len(titles))]
+    lefts = [gap + sum(widths[:c]) + c * gap for c in range(len(titles) + 1)]
+    table = Image.new("RGB", (lefts[-1], line + gap + len(rows) * (height + line + gap)), "white")
+    pen = ImageDraw.Draw(table)
+    for left, title in zip(lefts, titles, strict=False):
+        pen.text((left, 4), title, fill="black")
+    for r, (caption, pictures) in enumerate(sized):
+        top = line + gap + r * (height + line + gap)
+        pen.text((gap, top), caption, fill=(90, 90, 90))
+        for left, picture in zip(lefts, pictures, strict=False):
+            table.paste(picture, (left, top + line))
+    return table
+
+
+def _fit(pixels: Pixels, height: int) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    scale = min(height / picture.height, 1.5 * height / picture.width)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))

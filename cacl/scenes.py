@@ -1,0 +1,322 @@
+"""A small world of drawn scenes with pixel masks: the embedded default, and a bench for the method's claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cacl import _scenery as scenery
+from cacl._checks import InputError, check_positive, check_range
+from cacl._files import read_json, write_json, write_text
+
+CLASSES: tuple[str, ...] = tuple(scenery.OBJECTS)
+"""The object classes."""
+BACKGROUNDS: dict[str, tuple[str, ...]] = {
+    "aeroplane": ("sky", "runway", "cloud", "grass", "fence", "mountain", "building"),
+    "bird": ("branch", "sky", "leaves", "nest", "grass", "forest", "flower"),
+    "boat": ("water", "sky", "pier", "mountain", "buoy", "beach", "lighthouse"),
+    "bottle": ("table", "wall", "shelf", "window", "curtain", "floor", "lamp"),
+    "car": ("road", "building", "lamp", "forest", "wall", "gravel", "bridge"),
+    "cat": ("carpet", "curtain", "cushion", "wall", "window", "floor", "shelf"),
+    "chair": ("floor", "wall", "lamp", "curtain", "window", "carpet", "cushion"),
+    "cow": ("grass", "fence", "sky", "hay", "barn", "forest", "flower"),
+    "sheep": ("grass", "mountain", "stone", "sky", "snow", "fence", "hay"),
+    "train": ("rails", "gravel", "forest", "platform", "building", "bridge", "sky"),
+}
+"""What is seen with each class, the most frequent first; none is the name of a class."""
+WORDS: tuple[str, ...] = tuple(scenery.BACKGROUNDS)
+"""All background words; a map of words holds their place in this list, from 1 on."""
+LOOKS: dict[str, str] = {
+    "photo": "a photo of {}.",
+    "image": "an image of {}.",
+    "picture": "a picture of {}.",
+    "snapshot": "a snapshot of {}.",
+    "origami": "a clean origami {}.",
+}
+"""Look -> its wording: textured, flat, outlined, blurred and noisy; :func:`generate` never draws the last, folded."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One drawn scene."""
+
+    image: Image.Image
+    mask: NDArray[np.uint8]
+    """``(H, W)``: 0 background, k the k-th of :data:`CLASSES` from 1 on."""
+    words: NDArray[np.uint8]
+    """``(H, W)``: 0 an object, i the i-th of :data:`WORDS` from 1 on."""
+    look: str
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes that can be seen."""
+        return [CLASSES[k - 1] for k in np.unique(self.mask) if k]
+
+    @property
+    def backgrounds(self) -> list[str]:
+        """The background words that can be seen."""
+        return [WORDS[i - 1] for i in np.unique(self.words) if i]
+
+    @property
+    def caption(self) -> str:
+        """Everything that can be seen, in the wording of the look."""
+        return LOOKS[self.look].format(", ".join(self.classes + self.backgrounds))
+
+
+def generate(
+    out: str | PathLike[str], *, train: int = 400, val: int = 100, size: int = 160, seed: int = 0, workers: int = 0
+) -> Path:
+    """Draw a data set: ``classes.txt``, ``dataset.csv``, ``images/``, ``masks/`` for
+    :class:`cacl.datasets.CSVDataset`, ``backgrounds.json`` for :meth:`cacl.BackgroundSet.from_json`, and ``words/``,
+    which says what each pixel of the background is (see :attr:`Scene.words`). A folder that holds just that already is
+    left as it is.
+
+    Args:
+        out: the folder.
+        train: scenes of the split ``train``.
+        val: scenes of the split ``val``.
+        size: side of the square images in pixels, at least 32.
+        seed: decides everything that is drawn.
+        workers: processes that draw; 0 draws in this one. Changes nothing in the result.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if a setting is out of range, or the folder holds something else than scenes.
+    """
+    check_positive("train", train)
+    check_range("val", val, 0, float("inf"))
+    check_range("size", size, 32, 4096)
+    check_range("seed", seed, 0, float("inf"))
+    out = Path(out)
+    marker = out / "scenes.json"
+    settings = {"train": train, "val": val, "size": size, "seed": seed}
+    known = read_json(marker)
+    if known == {**settings, "complete": True}:
+        return out
+    if not known and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: expected an empty folder, or one with scenes, to draw scenes to")
+    write_json(marker, {**settings, "complete": False})
+    for folder in ("images", "masks", "words"):
+        (out / folder).mkdir(exist_ok=True)
+    write_text(out / "classes.txt", "\n".join(CLASSES) + "\n")
+    write_json(out / "backgrounds.json", BACKGROUNDS)
+    scenes = _Scenes(out, train, val, size, seed)
+    loader = DataLoader(scenes, batch_size=None, num_workers=workers, generator=torch.Generator())
+    rows = [",".join(row) for row in tqdm(loader, desc="scenes", unit="image", disable=None)]
+    write_text(out / "dataset.csv", "\n".join(("image,labels,mask,split", *rows)) + "\n")
+    write_json(marker, {**settings, "complete": True})
+    return out
+
+
+class _Scenes(torch.utils.data.Dataset[Any]):
+    """Draws and writes scene i, and gives its row."""
+
+    def __init__(self, out: Path, train: int, val: int, size: int, seed: int) -> None:
+        self.out, self.train, self.val, self.size, self.seed = out, train, val, size, seed
+
+    def __len__(self) -> int:
+        return self.train + self.val
+
+    def __getitem__(self, index: int) -> tuple[str, str, str, str]:
+        split, number = ("train", index) if index < self.train else ("val", index - self.train)
+        scene = draw(np.random.default_rng((self.seed, split == "val", number)), self.size)
+        name = f"{split}_{number:05}"
+        scene.image.save(self.out / f"images/{name}.jpg", quality=92)
+        Image.fromarray(scene.mask).save(self.out / f"masks/{name}.png")
+        Image.fromarray(scene.words).save(self.out / f"words/{name}.png")
+        return f"images/{name}.jpg", ";".join(scene.classes), f"masks/{name}.png", split
+
+
+def draw(
+    rng: np.random.Generator,
+    size: int = 160,
+    *,
+    looks: int = 4,
+    strange: float = 0.1,
+    plain: float = 0.1,
+    empty: float = 0.0,
+) -> Scene:
+    """Draw one scene: one object or two, in front of what goes together with the first one's class.
+
+    Args:
+        rng: decides everything.
+        size: side in pixels.
+        looks: how many of :data:`LOOKS` may be drawn.
+        strange: chance that a background is any, not one of the class's own.
+        plain: chance that an object's telling parts have no colours of their own.
+        empty: chance that there is no object.
+    """
+    look = list(LOOKS)[rng.integers(looks)]
+    count = 0 if rng.random() < empty else 1 + (rng.random() < 0.35)
+    classes = [str(name) for name in rng.choice(CLASSES, max(count, 1), replace=rng.random() < 0.3)]
+    canvas = _Canvas(rng, size, look)
+    horizon = rng.uniform(0.35, 0.65)
+
+    def pick(places: set[str] | None) -> str:
+        known = WORDS if rng.random() < strange else BACKGROUNDS[classes[0]]
+        fitting = [word for word in known if _place(word) in (places or set(scenery.SHAPES))]
+        if not fitting:
+            fitting = [word for word in WORDS if _place(word) in (places or set(scenery.SHAPES))]
+        weights = 0.6 ** np.arange(len(fitting)) if known is not WORDS else np.ones(len(fitting))
+        return str(rng.choice(fitting, p=weights / weights.sum()))
+
+    canvas.background(pick({"above"}), [np.array(((0, 0), (1, 0), (1, horizon), (0, horizon)))])
+    canvas.background(pick({"below"}), [np.array(((0, horizon), (1, horizon), (1, 1), (0, 1)))])
+
+    def thing(span: float, low: float) -> None:
+        word = pick(None)
+        matrix = _matrix(rng, (rng.uniform(0.1, 0.9), low + rng.uniform(-0.15, 0.2)), span)
+        canvas.background(word, [_place_points(points, matrix) for points in scenery.SHAPES[_place(word)]])
+
+    for _ in range(rng.integers(1, 3)):
+        thing(rng.uniform(0.4, 0.75), horizon)
+    left = rng.random() < 0.5
+    for i in range(count):
+        span = rng.uniform(0.32, 0.7) if count == 1 else rng.uniform(0.28, 0.48)
+        x = rng.uniform(0.3, 0.7) if count == 1 else 0.25 + 0.5 * (left != bool(i)) + rng.uniform(-0.05, 0.05)
+        canvas.object(classes[i], _matrix(rng, (x, rng.uniform(0.35, 0.7)), span), plain=rng.random() < plain)
+    if rng.random() < 0.25:  # something stands in front
+        thing(rng.uniform(0.25, 0.4), 0.8)
+    return canvas.finish()
+
+
+class _Canvas:
+    """Paints layer upon layer, in twice the size; mask and words are kept beside the image."""
+
+    def __init__(self, rng: np.random.Generator, size: int, look: str) -> None:
+        self.rng, self.size, self.look = rng, size, look
+        self.image = Image.new("RGB", (2 * size, 2 * size))
+        self.ids = Image.new("L", (size, size))
+        self.words = Image.new("L", (size, size))
+        self.strength = {"photo": 0.26, "image": 0.06, "picture": 0.16, "snapshot": 0.26, "origami": 0.0}[look]
+
+    def background(self, word: str, outlines: list[NDArray[np.float64]]) -> None:
+        colours = scenery.BACKGROUNDS[word].colours
+        colour = colours[self.rng.integers(len(colours))]
+        self._paint(outlines, self._jitter(colour, 16), scenery.BACKGROUNDS[word].pattern)
+        self._mark(self.words, outlines, 1 + WORDS.index(word))
+        self._mark(self.ids, outlines, 0)
+
+    def object(self, name: str, matrix: NDArray[np.float64], *, plain: bool) -> None:
+        body = self._jitter(scenery.BODY[self.rng.integers(len(scenery.BODY))], 20)
+        for part in scenery.OBJECTS[name]:
+            outlines = [_place_points(points, matrix) for points in _outlines(part)]
+            if plain or isinstance(part.paint, str):
+                colour = body + self.rng.normal(0, 14)
+            else:
+                colour = self._jitter(part.paint, 14)
+            self._paint(outlines, colour, part.pattern)
+            self._mark(self.ids, outlines, 1 + CLASSES.index(name))
+            self._mark(self.words, outlines, 0)
+
+    def finish(self) -> Scene:
+        image = self.image.reduce(2)
+        rng, size = self.rng, self.size
+        if self.look == "snapshot":
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.8, 1.6) * size / 160))
+        noise = {"photo": 5.0, "image": 0.0, "picture": 2.0, "snapshot": 16.0, "origami": 0.0}[self.look]
+        pixels = np.asarray(image, dtype=np.float32)
+        if self.look in ("photo", "snapshot"):  # light from one side
+            one, other = rng.uniform(0.75, 1.2, 2)
+            ramp = np.linspace(one, other, size, dtype=np.float32)
+            pixels = pixels * (ramp[:, None, None] if rng.random() < 0.5 else ramp[None, :, None])
+        if noise:
+            pixels = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * noise
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        return Scene(image, np.array(self.ids), np.array(self.words), self.look)
+
+    def _jitter(self, colour: scenery.Colour, amount: float) -> NDArray[np.float64]:
+        light = self.rng.normal(0, amount)
+        return np.clip(np.asarray(colour) + light + self.rng.normal(0, amount / 2, 3), 0, 255)
+
+    def _paint(self, outlines: list[NDArray[np.float64]], colour: NDArray[np.float64], pattern: str) -> None:
+        side = 2 * self.size
+        points = [outline * side for outline in outlines]
+        every = np.concatenate(points)
+        low, high = every.min(0).clip(0, side - 1).astype(int), np.ceil(every.max(0)).clip(1, side).astype(int)
+        if np.any(high <= low):
+            return
+        box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+        cover = Image.new("L", (box[2] - box[0], box[3] - box[1]))
+        pen = ImageDraw.Draw(cover)
+        shifted = [[(x - box[0], y - box[1]) for x, y in outline.tolist()] for outline in points]
+        for outline in shifted:
+            pen.polygon(outline, fill=255)
+        if self.look == "origami":  # each piece is two folds of paper
+            fold = Image.linear_gradient("L").resize(cover.size).point([96] * 128 + [160] * 128)
+            patch, strength = fold, 0.35
+        else:
+            at = self.rng.integers(0, scenery.TILE, 2)
+            patch = _window(scenery.pattern(pattern), at, cover.size)
+            strength = self.strength
+        factor = 1 + strength * (np.arange(256) - 128) / 64
+        palette = (factor[:, None] * colour).clip(0, 255).astype(np.uint8)
+        patch.putpalette(palette.tobytes())
+        self.image.paste(patch.convert("RGB"), box[:2], cover)
+        if self.look == "picture":
+            pen = ImageDraw.Draw(self.image)
+            for closed in (np.vstack((outline, outline[:1])) for outline in points):
+                pen.line([tuple(p) for p in closed.tolist()], fill=(24, 22, 30), width=4)
+
+    def _mark(self, layer: Image.Image, outlines: list[NDArray[np.float64]], value: int) -> None:
+        pen = ImageDraw.Draw(layer)
+        for outline in outlines:
+            pen.polygon([tuple(p) for p in (outline * self.size - 0.25).tolist()], fill=value)
+
+
+def _window(tile: Image.Image, at: NDArray[np.int64], size: tuple[int, int]) -> Image.Image:
+    """A window of a tile that goes on beyond its edges."""
+    x, y = int(at[0]), int(at[1])
+    if x + size[0] > scenery.TILE or y + size[1] > scenery.TILE:
+        tile = ImageChops.offset(tile, -x, -y)
+        x = y = 0
+    if max(size) > scenery.TILE:
+        return tile.resize(size)
+    return tile.crop((x, y, x + size[0], y + size[1]))
+
+
+def _place(word: str) -> str:
+    return scenery.BACKGROUNDS[word].place
+
+
+def _matrix(rng: np.random.Generator, centre: tuple[float, float], span: float) -> NDArray[np.float64]:
+    """(2, 3): from the box of side 1 to the image of side 1: mirrored or not, turned and stretched a little."""
+    turn, stretch = rng.normal(0, 0.1), rng.uniform(0.88, 1.12)
+    mirror = rng.choice((-1.0, 1.0))
+    scale = span * np.array(((mirror * stretch, 0), (0, 1 / stretch)))
+    rotation = np.array(((np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))))
+    linear = rotation @ scale
+    return np.column_stack((linear, np.asarray(centre) - linear @ (0.5, 0.5)))
+
+
+def _place_points(points: scenery.Points, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    placed: NDArray[np.float64] = np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
+    return placed
+
+
+def _outlines(part: scenery.Part) -> list[scenery.Points]:
+    """A part as polygons."""
+    if part.shape == "polygon":
+        return [part.points]
+    if part.shape == "oval":
+        (x0, y0), (x1, y1) = part.points
+        angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+        xs, ys = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(angles), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(angles)
+        return [tuple(zip(xs.tolist(), ys.tolist(), strict=True))]
+    pieces: list[scenery.Points] = []
+    for (x0, y0), (x1, y1) in zip(part.points, part.points[1:], strict=False):
+        length = max(np.hypot(x1 - x0, y1 - y0), 1e-9)
+        dx, dy = -(y1 - y0) / length * part.width / 2, (x1 - x0) / length * part.width / 2
+        pieces.append(((x0 + dx, y0 + dy), (x1 + dx, y1 + dy), (x1 - dx, y1 - dy), (x0 - dx, y0 - dy)))
+    return pieces

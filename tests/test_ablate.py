@@ -1,0 +1,150 @@
+"""The ablation tables: which trainings they are made of, what they say, and that nothing is trained twice."""
+
+import csv
+import json
+import statistics
+
+import pytest
+from conftest import TinyBackbone, TinyEncoder
+from drawn import write_csv
+
+from cacl import ablate, pipeline
+from cacl.cli import main
+from cacl.config import Config
+from cacl.prompts import DEFAULT_TEMPLATES
+
+SETTINGS = [
+    "data.format=csv", "run.device=cpu", "run.workers=0", "warmup.epochs=1", "warmup.batch_size=3", "warmup.crop=32",
+    "warmup.lr=0.01", "cacl.epochs=1", "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cams.scales=[1.0]",
+    "data.eval=val", "data.train=train", "backgrounds.n=5",
+]  # fmt: skip
+
+
+def configure(tmp_path, *more):
+    if not (tmp_path / "data").is_dir():
+        write_csv(tmp_path / "data")
+    return Config.load("voc", [*SETTINGS, f"data.root={tmp_path / 'data'}", f"run.out={tmp_path / 'out'}", *more])
+
+
+def run(config, **arguments):
+    return ablate.run(config, encoder=TinyEncoder(), backbone=TinyBackbone(), **arguments)
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.pt")}
+
+
+def test_the_variants_are_the_paper_s(tmp_path):
+    config = configure(tmp_path)
+    table = {name: ablate.variants(config, name) for name in ablate.TABLES}
+    origami = "a clean origami {}."
+    assert [dict(v.changes) for v in table["4"]] == [
+        *({"prompts": {"templates": (t,)}} for t in (*DEFAULT_TEMPLATES, origami)),
+        {},
+    ]
+    assert [v.paper for v in table["4"]] == [62.8, 62.7, 61.9, 60.3, 59.8, 64.4]
+    assert [v.changes for v in table["5"]] == [{"cacl": {"beta": 0.0}}, {}]
+    assert [v.changes for v in table["6"]] == [
+        {"cacl": {"beta": 0.0, "gamma": 0.0}}, {"cacl": {"beta": 0.0}}, {"cacl": {"gamma": 0.0}}, {},
+    ]  # fmt: skip
+    assert [len(v.changes.get("prompts", {}).get("templates", DEFAULT_TEMPLATES)) for v in table["7"]] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert [v.changes for v in table["8"]] == [*({"backgrounds": {"n": n}} for n in (3, 4)), {},
+                                               *({"backgrounds": {"n": n}} for n in (6, 7))]  # fmt: skip
+    assert [v.name for v in table["theta"]] == ["fixed", "soft", "quantile"]
+
+
+def test_tables_say_what_the_runs_measured_and_share_their_warm_up(tmp_path):
+    config = configure(tmp_path)
+    paths = run(config, tables=["5", "6"], seeds=2)
+    out = tmp_path / "out"
+    assert paths == [out / "table-5.md", out / "table-6.md"]
+    for seed in (0, 1):  # four trainings, of which two stand in both tables
+        folder = out / f"seed-{seed}"
+        assert {path.name for path in folder.iterdir()} == {"start", "table-4-6", "table-5-1", "table-6-1", "table-6-3"}
+        models = {path.read_bytes() for path in folder.glob("*/warmup/model.pt")}
+        assert len(models) == 1
+    table = {row["variant"]: row for row in rows(out / "table-6.csv")}
+    assert list(table) == ["warm-up", "ITC", "ITC + REG", "ITC + BGS", "ITC + BGS + REG"]
+    without = [json.loads((out / f"seed-{s}/table-5-1/metrics.json").read_text())["cacl"] for s in (0, 1)]
+    miou = [100 * metrics["miou"] for metrics in without]
+    assert float(table["ITC + REG"]["miou_mean"]) == pytest.approx(sum(miou) / 2, abs=0.006)
+    assert float(table["ITC + REG"]["miou_std"]) == pytest.approx(statistics.stdev(miou), abs=0.006)
+    assert (table["ITC + REG"]["paper"], table["ITC + REG"]["seeds"]) == ("58.4", "2")
+    assert float(table["ITC + REG"]["seconds_per_step"]) > 0
+    text = paths[1].read_text()
+    assert f"| ITC + REG | {sum(miou) / 2:.1f} ± {statistics.stdev(miou):.1f} |" in text
+    assert "Split val, 3 images, background score 0.15, no CRF; 2 seeds" in text
+    # A variant is what a run with its settings gives.
+    alone = pipeline.run(
+        configure(tmp_path, "cacl.beta=0.0", f"run.out={tmp_path / 'alone'}"),
+        encoder=TinyEncoder(), backbone=TinyBackbone(),
+    )  # fmt: skip
+    assert alone.metrics["cacl"]["miou"] == without[0]["miou"]
+    assert (tmp_path / "alone/cacl/model.pt").read_bytes() == (out / "seed-0/table-5-1/cacl/model.pt").read_bytes()
+
+
+def test_stopped_and_started_again_it_goes_on(tmp_path):
+    seen = []
+    unbroken = configure(tmp_path, f"run.out={tmp_path / 'unbroken'}")
+    run(unbroken, tables=["5"], seeds=1, callback=lambda record: seen.append(record["stage"]))
+    steps = len(seen)
+
+    def stop(record):
+        seen.append(record["stage"])
+        if len(seen) == steps - 1:
+            raise KeyboardInterrupt
+
+    seen.clear()
+    config = configure(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tables=["5"], seeds=1, callback=stop)
+    seen.clear()
+    run(config, tables=["5"], seeds=1, callback=lambda record: seen.append(record["stage"]))
+    assert 0 < len(seen) < steps
+    assert files(tmp_path / "out") == files(tmp_path / "unbroken")
+    seen.clear()
+    run(config, tables=["5"], seeds=1, callback=lambda record: seen.append(record["stage"]))
+    assert seen == []
+    run(config, tables=["5"], seeds=2, callback=lambda record: seen.append(record["stage"]))
+    assert len(seen) == steps
+
+
+def test_what_does_not_allow_a_table_shows_before_anything_is_trained(tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({"boat": ["water", "sky", "pier", "beach", "sand"], "train": list("abcdefg")}))
+    with pytest.raises(ValueError, match="at most 5, the number of words for 'boat'"):
+        run(configure(tmp_path, f"backgrounds.file={words}"), tables=["8"])
+    with pytest.raises(ValueError, match=r"\[data\] eval: expected a split with masks"):
+        run(configure(tmp_path, "data.eval="), tables=["5"])
+    with pytest.raises(ValueError, match="`tables` to be one of"):
+        run(configure(tmp_path), tables=["9"])
+    with pytest.raises(ValueError, match="`seeds`"):
+        run(configure(tmp_path), seeds=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "scenes.train=4", "scenes.val=2", "scenes.size=64", "warmup.epochs=1", "cacl.epochs=1", "warmup.batch_size=4",
+        "cacl.batch_size=4", "run.workers=0", "warmup.crop=64", "cacl.crop=64",
+    ]  # fmt: skip
+    options = [part for setting in small for part in ("--set", setting)]
+    assert main(["ablate", "scenes", "--tables", "5,theta", "--seeds", "1", *options]) == 0
+    out = capsys.readouterr().out
+    assert "# Table 5: without and with class-specific background suppression" in out
+    assert "| quantile |" in out
+    assert (tmp_path / "cacl-scenes-ablation/table-theta.csv").is_file()
+    assert main(["ablate", "scenes", "--tables", "12"]) == 2
+    assert "expected" in capsys.readouterr().err.lower()
