@@ -215,5 +215,5 @@ def test_fingerprint_follows_the_data(tmp_path):
 
 
 def test_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="Expected argument `format` to be one of voc, csv, but got 'cocoa'"):
+    with pytest.raises(ValueError, match="Expected argument `format` to be one of voc, csv, scenes, but got 'cocoa'"):
         open_dataset("cocoa", tmp_path, "train")

@@ -62,6 +62,7 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
     assert names == {
         "config.toml", "data.json", "log.jsonl", "metrics.json",
         "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json",
+        "report/stage.json", "report/cams.png",
         *(f"cams/train/{i}.npz" for i in range(6)),
     }  # fmt: skip
     assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
@@ -140,7 +141,7 @@ def test_a_stage_needs_those_before_it(root, tmp_path):
     assert files(tmp_path / "out") == before
     with pytest.raises(ValueError, match="the stage 'cacl' has not finished with these settings"):
         run(root, tmp_path / "out", "cacl.beta=0", stages=["cams"])
-    with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", but got'):
+    with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", "report"'):
         run(root, tmp_path / "out", stages=["came"])
 
 
@@ -211,7 +212,7 @@ def test_another_checkpoint_under_the_same_name_is_another_encoder(root, tmp_pat
 def test_plan_says_what_would_be_done(root, tmp_path):
     config = configure(root, tmp_path / "out", "cacl.beta=0")
     pipeline.run(config, encoder=None, backbone=None, stages=[])  # writes the configuration, and no stage
-    assert pipeline.plan(config) == ["warmup: new", "cacl: new", "cams: new"]
+    assert pipeline.plan(config) == ["warmup: new", "cacl: new", "cams: new", "report: new"]
     small = [*SETTINGS, f"data.root={root}", f"run.out={tmp_path / 'out'}", "camnet.backbone=resnet18"]
     config = Config.load("voc", [*small, "camnet.weights="])
     pipeline.run(config, stages=["warmup"])
