@@ -151,7 +151,7 @@ def test_the_encoder_is_small_frozen_and_says_what_it_does_not_know():
     encoder = load_encoder("scenes")
     assert not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
-    with pytest.raises(ValueError, match="does not know the word 'boot'.*did you mean"):
+    with pytest.raises(ValueError, match=r"does not know the word 'boot'.*did you mean"):
         encoder.encode_text(["a photo of boot."])
     image = torch.zeros(2, 3, 80, 80, requires_grad=True)
     features = encoder.encode_image(image)
