@@ -20,6 +20,7 @@ from PIL import Image
 
 from cacl import pipeline, scenes
 from cacl._session import Session
+from cacl.ablate import spread
 from cacl.cams import predict_cams
 from cacl.config import Config
 from cacl.pictures import threshold
@@ -71,10 +72,10 @@ def measure(out: Path, seed: int, settings: list[str]) -> dict[str, dict]:
 
 def errors(session: Session, stage: str) -> dict[str, dict[str, float]]:
     """Spill and misses of every class."""
-    val, table = session.eval, session.config.cams
+    val = session.eval
     assert val is not None
     spilt, own, missed, shown = (dict.fromkeys(scenes.CLASSES, 0) for _ in range(4))
-    cams = predict_cams(session.net(stage), val, range(len(val)), scales=table.scales, flip=table.flip)
+    cams = predict_cams(session.net(stage), val, range(len(val)), **session.inference)
     for index, each in cams:
         mask = val.mask(index).numpy()
         words = np.asarray(Image.open(session.config.data.root / "words" / f"{val.entries[index].id}.png"))
@@ -97,11 +98,6 @@ def errors(session: Session, stage: str) -> dict[str, dict[str, float]]:
 def own_words(name: str) -> NDArray[np.bool_]:
     """Value in a map of words -> whether it is one of the class's own."""
     return np.array([False, *(word in scenes.BACKGROUNDS[name] for word in scenes.WORDS)])
-
-
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
 
 
 if __name__ == "__main__":

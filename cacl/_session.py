@@ -39,6 +39,8 @@ logger = logging.getLogger("cacl")
 
 STAGES = ("warmup", "cacl", "cams", "report")
 """The stages in their order; each builds on the one before it."""
+_SCORED_ON = {"warmup": "eval", "cacl": "eval", "cams": "train"}
+"""Stage -> the key of ``[data]`` that names the split its CAMs are scored on; other stages have no score."""
 
 
 @dataclass
@@ -72,7 +74,14 @@ class Session:
     def workers(self) -> int:
         return min(self.config.run.workers, os.cpu_count() or 1)
 
+    @property
+    def inference(self) -> dict[str, Any]:
+        """How CAMs are made from a network, for :mod:`cacl.cams`."""
+        table = self.config.cams
+        return {"scales": table.scales, "flip": table.flip, "device": self.device, "workers": self.workers}
+
     def open(self, split: str) -> Dataset:
+        """A split of the data set, which is drawn if it is one of scenes."""
         data = self.config.data
         if data.format == "scenes":
             scenes.generate(data.root, **self.config.scenes.model_dump(), workers=self.workers)
@@ -249,24 +258,16 @@ class Session:
 
     def evaluate(self, name: str) -> None:
         """Mean IoU of a finished stage's CAMs: on the split to evaluate, or of the files that were written."""
-        role, dataset, split = "eval", self.eval, self.config.data.eval
-        if name == "cams":
-            role, dataset, split = "train", self.train, self.config.data.train
-        if name == "report" or dataset is None or not any(entry.mask for entry in dataset.entries):
+        role = _SCORED_ON.get(name)
+        dataset: Dataset | None = getattr(self, role) if role else None
+        if role is None or dataset is None or not any(entry.mask for entry in dataset.entries):
             return
-        table = self.config.cams
-        key = _hash(self.key(name), table, split, self.fingerprints[role])
+        split = getattr(self.config.data, role)
+        key = _hash(self.key(name), self.config.cams, split, self.fingerprints[role])
         if self.metrics.get(name, {}).get("key") == key:
             return
         source = self.out / "cams" / "train" if name == "cams" else self.net(name)
-        sweep = evaluate_cams(
-            source,
-            dataset,
-            scales=table.scales,
-            flip=table.flip,
-            device=self.device,
-            workers=self.workers,
-        )
+        sweep = evaluate_cams(source, dataset, **self.inference)
         classes = ("background", *self.train.classes)
         at = sweep.iou[sweep.scores.index(BACKGROUND_SCORE)]
         score, best = sweep.oracle

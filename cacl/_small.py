@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cacl._checks import InputError, did_you_mean
+from cacl._files import load_weights
 
 ASSET = Path(__file__).with_name("assets") / "scenes.npz"
 """The weights in float16, and the words that the encoder knows; ``benchmarks/train_scenes.py`` makes it."""
@@ -84,36 +87,29 @@ def save(path: Path, towers: TwoTowers, trunk: Trunk) -> None:
     arrays = {"words": np.array(list(towers.index))}
     for name, module in (("towers", towers), ("trunk", trunk)):
         for key, value in module.state_dict().items():
-            if not key.endswith("num_batches_tracked"):  # batch norm does not use it here
-                arrays[f"{name}.{key}"] = value.numpy().astype(np.float16)
+            arrays[f"{name}.{key}"] = (value.half() if value.is_floating_point() else value).numpy()
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
 def load_towers(path: Path = ASSET) -> TwoTowers:
     """The image-text encoder in a file of :func:`save`."""
     with np.load(path, allow_pickle=False) as arrays:
-        words = arrays["words"].tolist()
-    towers = TwoTowers(words)
-    _fill(towers, "towers", path)
+        towers = TwoTowers(arrays["words"].tolist())
+        load_weights(towers, _part(arrays, "towers"), path)
     return towers
 
 
 def load_trunk(path: Path = ASSET) -> Trunk:
     """The backbone in a file of :func:`save`."""
     trunk = Trunk()
-    _fill(trunk, "trunk", path)
+    with np.load(path, allow_pickle=False) as arrays:
+        load_weights(trunk, _part(arrays, "trunk"), path)
     return trunk
 
 
-def _fill(module: nn.Module, name: str, path: Path) -> None:
-    with np.load(path, allow_pickle=False) as arrays:
-        state = {
-            key.removeprefix(f"{name}."): torch.from_numpy(arrays[key].astype(np.float32))
-            for key in arrays.files
-            if key.startswith(f"{name}.")
-        }
-    # What is not in the file is batch norm's count of batches, which nothing here uses.
-    module.load_state_dict({**module.state_dict(), **state})
+def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, Tensor]:
+    keys = [key for key in arrays if key.startswith(f"{name}.")]
+    return {key.removeprefix(f"{name}."): torch.from_numpy(arrays[key]) for key in keys}
 
 
 class _Residual(nn.Module):

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,13 +83,11 @@ def run(
     for table in tables:
         check_choice("tables", table, TABLES)
     out = config.run.out
-    wanted = {table: variants(config, table) for table in tables}
     folders = _folders(config)
-    todo = list(dict.fromkeys(folders[repr(v.changes)] for rows in wanted.values() for v in rows))
-    changes = {folders[repr(v.changes)]: v.changes for rows in wanted.values() for v in rows}
-    changed = {name: _changed(config, changes[name]) for name in todo}
+    wanted = {table: [(v, folders[repr(v.changes)]) for v in variants(config, table)] for table in tables}
+    changed = {name: config.changed(v.changes) for rows in wanted.values() for v, name in rows}
     arguments: dict[str, Any] = {"encoder": encoder, "backbone": backbone, "callback": callback}
-    scores: dict[str, list[Score]] = {name: [] for name in todo}
+    scores: dict[str, list[Score]] = {name: [] for name in changed}
     starts: list[Score] = []
     if Session(config, encoder, backbone, None).eval is None:
         raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
@@ -99,16 +97,16 @@ def run(
         seed = config.run.seed + i
         folder = out / f"seed-{seed}"
         start = folder / "start"
-        warmup = pipeline.run(_changed(config, {"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
+        warmup = pipeline.run(config.changed({"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
         starts.append(_score(warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size))
-        for name in todo:
-            logger.info("ablate: seed %d, %s (%d of %d)", seed, name, todo.index(name) + 1, len(todo))
+        for number, (name, variant) in enumerate(changed.items(), start=1):
+            logger.info("ablate: seed %d, %s (%d of %d)", seed, name, number, len(changed))
             _fork(start, folder / name)
-            variant = _changed(changed[name], {"run": {"out": folder / name, "seed": seed}})
-            result = pipeline.run(variant, stages=["warmup", "cacl"], **arguments)
+            own = variant.changed({"run": {"out": folder / name, "seed": seed}})
+            result = pipeline.run(own, stages=["warmup", "cacl"], **arguments)
             scores[name].append(_score(result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size))
             for table, rows in wanted.items():
-                lines = [(v, scores[folders[repr(v.changes)]]) for v in rows]
+                lines = [(v, scores[own_folder]) for v, own_folder in rows]
                 _write(out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"])
     return [out / f"table-{table}.md" for table in tables]
 
@@ -171,13 +169,6 @@ def _folders(config: Config) -> dict[str, str]:
     return names
 
 
-def _changed(config: Config, changes: Changes) -> Config:
-    tables = config.model_dump()
-    for table, keys in changes.items():
-        tables[table] = {**tables[table], **keys}
-    return Config.model_validate(tables)
-
-
 def _fork(start: Path, folder: Path) -> None:
     """A run folder whose warm-up is that of another."""
     marker = Path("warmup") / "stage.json"
@@ -214,7 +205,7 @@ def _write(
         "",
         "| variant | CAM mIoU % | oracle % | paper % | ms a step |",
         "|---|---|---|---|---|",
-        f"| warm-up | {_spread(s.miou for s in starts)} | {_spread(s.oracle for s in starts)} | | |",
+        f"| warm-up | {spread(s.miou for s in starts)} | {spread(s.oracle for s in starts)} | | |",
     ]
     cells = [["variant", "miou_mean", "miou_std", "oracle_mean", "oracle_std", "paper", "seconds_per_step", "seeds"]]
     for variant, scores in [(Variant("warm-up", {}, None), starts), *lines]:
@@ -223,7 +214,7 @@ def _write(
         paper = "" if variant.paper is None else f"{variant.paper}"
         if variant.name != "warm-up":
             time = "" if step is None else f"{1000 * step:.0f}"
-            text.append(f"| {variant.name} | {_spread(miou)} | {_spread(oracle)} | {paper} | {time} |")
+            text.append(f"| {variant.name} | {spread(miou)} | {spread(oracle)} | {paper} | {time} |")
         numbers = [f"{100 * f(x):.2f}" if x else "" for x in (miou, oracle) for f in (statistics.fmean, _deviation)]
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
@@ -239,7 +230,8 @@ def _write(
     write_text(path.with_suffix(".csv"), buffer.getvalue())
 
 
-def _spread(values: Iterator[float] | Sequence[float]) -> str:
+def spread(values: Iterable[float]) -> str:
+    """Shares in per cent: mean ± standard deviation of several, one as it is, nothing for none."""
     known = [100 * value for value in values]
     if not known:
         return ""

@@ -56,16 +56,13 @@ def _ablate(options: argparse.Namespace) -> int:
     from cacl.config import Config
 
     config = Config.load(options.config, options.set)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"out": _beside(config.run.out)})})
+    out = config.run.out
+    config = config.changed({"run": {"out": out.with_name(f"{out.name}-ablation")}})
     tables = [name.strip() for name in options.tables.split(",")]
     for path in ablate.run(config, tables=tables, seeds=options.seeds):
         print(path.read_text(encoding="utf-8"))
         print(f"table: {path}, {path.with_suffix('.csv')}")
     return 0
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}-ablation")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -194,6 +194,10 @@ class Config(Table):
             raise InputError(f"{name}: [run] out: expected another folder: this file would be overwritten")
         return config
 
+    def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+        """A copy with other values, table -> key -> value."""
+        return Config.model_validate(_merge(self.model_dump(), changes))
+
     def to_toml(self) -> str:
         """The configuration as TOML; loads back to an equal one."""
         lines = []

@@ -125,52 +125,27 @@ def _cacl(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 
 def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table = session.config.cams
-    make_cams(
-        session.net("cacl"),
-        session.train,
-        folder / "train",
-        scales=table.scales,
-        flip=table.flip,
-        device=session.device,
-        workers=session.workers,
-        keep=True,  # of this very stage from before a stop; those of another were removed
-    )
+    # What is there is of this very stage from before a stop; files of another were removed.
+    make_cams(session.net("cacl"), session.train, folder / "train", keep=True, **session.inference)
 
 
 def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
     dataset = session.eval or session.train
     count = min(session.config.report.images, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
-    table = session.config.cams
     stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
-    cams = {
-        title: dict(
-            predict_cams(
-                session.net(stage),
-                dataset,
-                chosen,
-                scales=table.scales,
-                flip=table.flip,
-                device=session.device,
-                workers=session.workers,
-            )
-        )
-        for title, stage in stages.items()
-    }
-    truth = [i for i in chosen if dataset.entries[i].mask is not None]
+    cams = [dict(predict_cams(session.net(stage), dataset, chosen, **session.inference)) for stage in stages.values()]
+    masked = any(dataset.entries[i].mask is not None for i in chosen)
     rows = []
     for i in chosen:
-        photo = dataset.image(i).permute(1, 2, 0).numpy()
-        maps = {title: of[i].resized(photo.shape[:2]) for title, of in cams.items()}
-        pictures = [photo, *(heatmap(photo, each) for each in maps.values())]
-        classes, last = next(reversed(cams.values()))[i].classes, next(reversed(maps.values()))
-        pictures.append(overlay(photo, threshold(classes, last)))
-        if truth:
-            pictures.append(overlay(photo, dataset.mask(i).numpy()) if i in truth else np.zeros_like(photo))
-        names = ", ".join(dataset.classes[k] for k in dataset.entries[i].labels)
-        rows.append((f"{dataset.entries[i].id}: {names}", pictures))
-    titles = ["photo", *cams, f"its mask at {BACKGROUND_SCORE}", *(["ground truth"] if truth else [])]
+        entry, photo = dataset.entries[i], dataset.image(i).permute(1, 2, 0).numpy()
+        maps = [of[i].resized(photo.shape[:2]) for of in cams]
+        pictures = [photo, *(heatmap(photo, each) for each in maps)]
+        pictures.append(overlay(photo, threshold(cams[-1][i].classes, maps[-1])))
+        if masked:
+            pictures.append(overlay(photo, dataset.mask(i).numpy()) if entry.mask else np.zeros_like(photo))
+        rows.append((f"{entry.id}: {', '.join(dataset.classes[k] for k in entry.labels)}", pictures))
+    titles = ["photo", *stages, f"its mask at {BACKGROUND_SCORE}", *(["ground truth"] if masked else [])]
     with replacing(folder / "cams.png") as file:
         sheet(titles, rows).save(file, "PNG")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -65,11 +66,6 @@ class Scene:
     def backgrounds(self) -> list[str]:
         """The background words that can be seen."""
         return [WORDS[i - 1] for i in np.unique(self.words) if i]
-
-    @property
-    def caption(self) -> str:
-        """Everything that can be seen, in the wording of the look."""
-        return LOOKS[self.look].format(", ".join(self.classes + self.backgrounds))
 
 
 def generate(
@@ -163,19 +159,17 @@ def draw(
     canvas = _Canvas(rng, size, look)
     horizon = rng.uniform(0.35, 0.65)
 
-    def pick(places: set[str] | None) -> str:
+    def pick(places: Collection[str]) -> str:
         known = WORDS if rng.random() < strange else BACKGROUNDS[classes[0]]
-        fitting = [word for word in known if _place(word) in (places or set(scenery.SHAPES))]
-        if not fitting:
-            fitting = [word for word in WORDS if _place(word) in (places or set(scenery.SHAPES))]
+        fitting = [w for w in known if _place(w) in places] or [w for w in WORDS if _place(w) in places]
         weights = 0.6 ** np.arange(len(fitting)) if known is not WORDS else np.ones(len(fitting))
         return str(rng.choice(fitting, p=weights / weights.sum()))
 
-    canvas.background(pick({"above"}), [np.array(((0, 0), (1, 0), (1, horizon), (0, horizon)))])
-    canvas.background(pick({"below"}), [np.array(((0, horizon), (1, horizon), (1, 1), (0, 1)))])
+    canvas.background(pick(("above",)), [np.array(((0, 0), (1, 0), (1, horizon), (0, horizon)))])
+    canvas.background(pick(("below",)), [np.array(((0, horizon), (1, horizon), (1, 1), (0, 1)))])
 
     def thing(span: float, low: float) -> None:
-        word = pick(None)
+        word = pick(scenery.SHAPES)
         matrix = _matrix(rng, (rng.uniform(0.1, 0.9), low + rng.uniform(-0.15, 0.2)), span)
         canvas.background(word, [_place_points(points, matrix) for points in scenery.SHAPES[_place(word)]])
 
