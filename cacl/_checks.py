@@ -76,6 +76,13 @@ def check_range(argument: str, value: float, low: float, high: float) -> None:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
 
 
+def check_integer(argument: str, value: object, low: int, high: float = float("inf")) -> None:
+    """Require an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        wanted = f"of at least {low}" if high == float("inf") else f"in [{low}, {high:g}]"
+        raise expected(argument, f"an integer {wanted}", repr(value))
+
+
 def check_positive(argument: str, value: object) -> None:
     """Require an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cacl import _scenery as scenery
-from cacl._checks import InputError, check_positive, check_range
+from cacl._checks import InputError, check_integer, check_positive
 from cacl._files import read_json, write_json, write_text
 
 CLASSES: tuple[str, ...] = tuple(scenery.OBJECTS)
@@ -91,9 +91,10 @@ def generate(
         ValueError: if a setting is out of range, or the folder holds something else than scenes.
     """
     check_positive("train", train)
-    check_range("val", val, 0, float("inf"))
-    check_range("size", size, 32, 4096)
-    check_range("seed", seed, 0, float("inf"))
+    check_integer("val", val, 0)
+    check_integer("size", size, 32, 4096)
+    check_integer("seed", seed, 0)
+    check_integer("workers", workers, 0)
     out = Path(out)
     marker = out / "scenes.json"
     settings = {"train": train, "val": val, "size": size, "seed": seed}

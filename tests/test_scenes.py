@@ -84,7 +84,9 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "dataset.csv").read_text() == "mine"
 
 
-@pytest.mark.parametrize("setting", [{"train": 0}, {"val": -1}, {"size": 8}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "setting", [{"train": 0}, {"val": -1}, {"val": 1.5}, {"size": 8}, {"seed": -1}, {"workers": -1}]
+)
 def test_settings_out_of_range(tmp_path, setting):
     with pytest.raises(ValueError, match=f"`{next(iter(setting))}`"):
         scenes.generate(tmp_path / "data", **setting)
