@@ -27,7 +27,8 @@ from cacl.transforms import normalize
 SIZE = ScenesEncoder.image_size
 TEXTS = [*scenes.CLASSES, *scenes.WORDS]
 LOOKS = list(scenes.LOOKS)
-# A text fits, as far as the loss is concerned, where its cosine with the image is above OFFSET.
+# A text fits, as far as the loss is concerned, where its cosine with the image is above OFFSET. The smaller SCALE, the
+# further apart the loss wants the cosines, so that an object alone fits its text better than the whole scene does.
 SCALE, OFFSET = 5.0, 0.25
 
 
