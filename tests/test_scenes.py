@@ -195,6 +195,13 @@ def test_all_stages_on_twelve_scenes_in_under_a_minute(tmp_path):
     assert again.stderr.count("finished before") == len(pipeline.STAGES)
 
 
+@pytest.mark.slow
+def test_ca_cl_beats_the_warm_up(tmp_path):
+    settings = [f"run.out={tmp_path}", f"data.root={tmp_path / 'data'}"]
+    metrics = pipeline.run(Config.load("scenes", settings), stages=["warmup", "cacl"]).metrics
+    assert metrics["cacl"]["miou"] - metrics["warmup"]["miou"] > 0.05  # 8.8 ± 1.4 points over five seeds
+
+
 def test_own_words_beside_a_csv_are_used(world, tmp_path):
     from cacl._session import Session
 
