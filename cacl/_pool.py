@@ -1,0 +1,155 @@
+"""Many images on many cores: a lazy, ordered map over processes of one thread each."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+from cacl._checks import InputError, check_integer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 2  # items in flight a worker: one that it works on, one that waits for it
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def map_processes(function: Callable[[T], R], items: Sequence[T], *, workers: int) -> Iterator[R]:
+    """``function(item)`` of every item, in the order of the items, worked out by several processes.
+
+    The processes are new ones (no fork, which is unsafe once torch's threads have run) with one thread each. Only a few
+    items a worker are under way at a time, however many there are. Nothing runs before the first result is asked for;
+    closing the iterator early, or an exception, ends the processes.
+
+    Args:
+        function: something that can be pickled, as can the items and the results; it is sent once to each worker.
+        items: what it is called with.
+        workers: number of processes; with 0 or 1, or one item, everything happens in this process.
+
+    Raises:
+        Exception: whatever the function raises for an item, when that item's turn comes; an :class:`InputError` stays
+            the line that it was.
+        ChildProcessError: if a worker process dies.
+    """
+    check_integer("workers", workers, 0)
+    workers = min(workers, len(items))
+    return map(function, items) if workers <= 1 else _map(function, items, workers)
+
+
+def _map(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
+    task = pickle.dumps(function)
+    needs_main = b"__main__" in task or b"__main__" in pickle.dumps(items[0])
+    context = _Context(needs_main)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(task,))
+    flying: deque[Future[R]] = deque()
+    rest = iter(items)
+    try:
+        flying.extend(pool.submit(_call, item) for item in islice(rest, _AHEAD * workers))
+        while flying:
+            result = flying.popleft().result()
+            flying.extend(pool.submit(_call, item) for item in islice(rest, 1))
+            yield result
+    except InputError as error:
+        raise error from None  # without the worker's traceback
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "A worker process died: it was killed (out of memory?), or it ran the whole script again, as happens when "
+            "a script's work does not stand under `if __name__ == '__main__':`. With 1 worker no process is needed."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Process(SpawnProcess):
+    """A new interpreter that sees the variables for one thread, and the user's script only if it is needed there.
+
+    A spawned process imports the script that started its parent. Where that is not guarded, it would do its work again;
+    but only a function or an item that the script itself defines needs it.
+    """
+
+    needs_main = True
+
+    def start(self) -> None:
+        with _environment(_ONE_THREAD), _main_module(sys.modules["__main__"] if self.needs_main else _NO_MAIN):
+            super().start()
+
+
+class _Context(SpawnContext):
+    def __init__(self, needs_main: bool) -> None:
+        super().__init__()
+        self.needs_main = needs_main
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
+        process = _Process(*args, **kwargs)
+        process.needs_main = self.needs_main
+        return process
+
+
+_NO_MAIN = ModuleType("__main__")
+
+
+@contextmanager
+def _main_module(module: ModuleType) -> Iterator[None]:
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_task: bytes | None = None
+_function: Callable[[Any], Any] | None = None
+
+
+def _prepare(task: bytes) -> None:
+    """In a new worker."""
+    global _task
+    _task = task
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # the parent was killed: nobody will send another item
+
+
+def _call(item: Any) -> Any:
+    global _function
+    if _function is None:  # here and not in `_prepare`, so that an error reaches the caller
+        assert _task is not None
+        _function = pickle.loads(_task)
+    return _function(item)
