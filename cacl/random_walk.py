@@ -1,0 +1,246 @@
+"""Random walk: seeds spread over an image until they meet an edge (IRNet, Ahn et al. 2019)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache, reduce
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cacl._checks import check_integer, check_positive, check_range, check_tensor, expected, shape
+
+Offset = tuple[int, int]
+"""(dy, dx) in pixels, down and to the right."""
+
+
+def propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor:
+    r"""Spread seeds by a random walk that hardly crosses edges (IRNet, Ahn et al. 2019).
+
+    Two pixels less than ``radius`` apart have the affinity :math:`a_{ij} = (1 - \max_{k \in \Pi_{ij}} e_k)^\beta`
+    with the largest edge on the path between them (:func:`paths`), and each pixel has the affinity 1 to itself.
+    A step replaces every pixel by the mean of its neighbours, weighted by their affinity:
+
+    .. math:: D^{-1} A \dots D^{-1} A \, (m \cdot (1 - e)), \quad D_{ii} = \textstyle\sum_j a_{ij}
+
+    The dense (hw)² matrix is never made: time and memory grow with hw · radius², and time with √steps. Nothing is
+    recorded for gradients.
+
+    Args:
+        cams: the seeds of C classes, ``(C, h, w)``.
+        edges: the probability of an edge at each pixel, ``(h, w)`` in [0, 1], on the same device.
+        radius: how far apart neighbours may be in pixels; 1 has no neighbours.
+        beta: the larger, the more a weak edge stops.
+        steps: of the walk. IRNet squares its matrix 8 times, which is 256.
+
+    Returns:
+        ``(C, h, w)`` of the type of ``cams``; computed in float32, or in float64 if ``cams`` are. Every value lies
+        within the range that its class's seeds have.
+
+    Raises:
+        ValueError: if the shapes or devices differ, an edge lies outside [0, 1], a seed is not finite, or ``radius``,
+            ``beta`` or ``steps`` is too small or of a wrong type.
+
+    Example:
+        >>> edges = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+        >>> propagate(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), edges)
+        tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
+    """
+    _check(cams, edges)
+    check_positive("radius", radius)
+    check_range("beta", beta, 0, float("inf"))
+    check_integer("steps", steps, 0)
+    with torch.no_grad(), torch.autocast(cams.device.type, enabled=False):
+        dtype = torch.promote_types(cams.dtype, torch.float32)
+        edges = edges.to(dtype)
+        seeds = cams.to(dtype) * (1 - edges)
+        if seeds.numel() == 0:
+            return seeds.to(cams.dtype)
+        # All that is left out of a row adds up to less than rounding does, whatever the number of steps.
+        negligible = torch.finfo(dtype).eps / ((2 * radius) ** 2 * max(1, steps))
+        change = _change(edges, radius, beta, negligible)
+        walked = _walk(change, seeds.flatten(1).t().contiguous(), steps)
+        low, high = seeds.flatten(1).aminmax(dim=1)
+        # A mean never leaves the range of the seeds; what the series' rounding adds would, by some 1e-6.
+        return walked.t().clamp(low[:, None], high[:, None]).reshape(cams.shape).to(cams.dtype)
+
+
+@lru_cache
+def paths(radius: int) -> tuple[tuple[Offset, tuple[Offset, ...]], ...]:
+    """The pairs of pixels that are less than ``radius`` apart, and the pixels between them.
+
+    A path is the pixels of the pair's bounding box that are closer than 1 to the line between the two, both ends
+    included.
+
+    Args:
+        radius: in pixels, at least 1.
+
+    Returns:
+        ``(offset, path)`` of every offset of the half disc dy² + dx² < radius² with dy > 0, or dy = 0 and dx > 0 (the
+        other half is its mirror image), those with the shortest paths first. A path is offsets from the first pixel.
+
+    Raises:
+        ValueError: if ``radius`` is no positive integer.
+
+    Example:
+        >>> paths(2)[0]
+        ((0, 1), ((0, 0), (0, 1)))
+    """
+    check_positive("radius", radius)
+    result = []
+    for dy, dx in product(range(radius), range(1 - radius, radius)):
+        if (dy, dx) > (0, 0) and dy**2 + dx**2 < radius**2:
+            box = product(range(dy + 1), range(min(dx, 0), max(dx, 0) + 1))
+            path = tuple((y, x) for y, x in box if (dy * x - dx * y) ** 2 < dy**2 + dx**2)
+            result.append(((dy, dx), path))
+    return tuple(sorted(result, key=lambda pair: len(pair[1])))
+
+
+def along_paths(edges: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+    """The largest edge on the path of every pair of pixels, one offset at a time.
+
+    Differentiable. Long paths are made of shorter ones: an offset costs about one elementwise maximum, and the maps
+    of all offsets are kept until the last. Do not change them in place.
+
+    Args:
+        edges: ``(..., h, w)``.
+        radius: in pixels, as in :func:`paths`.
+
+    Yields:
+        ``(dy, dx)`` in the order of :func:`paths`, and ``(..., h − dy, w − |dx|)``: the maxima of the pairs whose
+        first pixel has y in [0, h − dy) and x in [max(0, −dx), w − max(0, dx)). Offsets that no two pixels of the
+        image have are left out.
+
+    Raises:
+        ValueError: if ``radius`` is no positive integer.
+    """
+    height, width = edges.shape[-2:]
+    maxima = {(0, 0): edges}
+    for (dy, dx), parts in _parts(radius):
+        rows, columns = height - dy, width - abs(dx)
+        if rows < 1 or columns < 1:
+            continue
+        views = [maxima[part][..., y : y + rows, x : x + columns] for part, (y, x) in parts]
+        maxima[dy, dx] = reduce(torch.maximum, views)
+        yield (dy, dx), maxima[dy, dx]
+
+
+@lru_cache
+def _parts(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]], ...]:
+    """Every offset with the few shorter paths that together are its path: ``(offset, ((offset, corner), ...))``.
+
+    A corner is where the top left of the part's bounding box lies in that of the whole, as (y, x).
+    """
+    pixels = {(0, 0): 1}  # a path as a set of bits, bit y · radius + x for (y, x) of its bounding box
+    result = []
+    for (dy, dx), path in paths(radius):
+        whole = sum(1 << (y * radius + x - min(0, dx)) for y, x in path)
+        moved = {
+            ((v, u), (y, x)): bits << (y * radius + x)
+            for (v, u), bits in pixels.items()
+            for y, x in product(range(dy - v + 1), range(abs(dx) - abs(u) + 1))
+        }
+        moved = {part: bits for part, bits in moved.items() if bits & whole == bits}
+        missing, parts = whole, []
+        while missing:
+            best = max(moved, key=lambda part: (moved[part] & missing).bit_count())
+            missing &= ~moved[best]
+            parts.append(best)
+        result.append(((dy, dx), tuple(parts)))
+        pixels[dy, dx] = whole
+    return tuple(result)
+
+
+def _check(cams: Tensor, edges: Tensor) -> None:
+    check_tensor("cams", cams, "(C, h, w)")
+    check_tensor("edges", edges, "(h, w)")
+    if edges.shape != cams.shape[1:]:
+        raise expected("edges", f"of the size of `cams` {tuple(cams.shape[1:])}", shape(edges))
+    if edges.device != cams.device:
+        raise expected("edges", f"on the device of `cams`, {cams.device}", edges.device)
+    if edges.numel() == 0:
+        raise expected("edges", "at least one pixel", shape(edges))
+    low, high = (float(x) for x in edges.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        raise expected("edges", "probabilities in [0, 1]", f"values in [{low:g}, {high:g}]")
+    if not bool(cams.detach().isfinite().all()):
+        raise expected("cams", "finite", "NaN or infinity")
+
+
+def _change(edges: Tensor, radius: int, beta: float, negligible: float) -> Tensor:
+    """What a step adds to each pixel: the sparse matrix D⁻¹A − I, ``(hw, hw)``.
+
+    All rows have an entry for every offset of the disc, so that it needs neither sorting nor counting; neighbours
+    outside the image have weight 0 and any index. Without the − I, float32 would lose what a pixel that is almost
+    closed in gives and takes, some 1e-5 a step.
+
+    Args:
+        negligible: affinities up to this count as 0. Products with denormal numbers take several times as long.
+    """
+    height, width = edges.shape
+    half = [offset for offset, _ in paths(radius)]
+    disc = sorted([(0, 0), *half, *((-dy, -dx) for dy, dx in half)])
+    place = {offset: i for i, offset in enumerate(disc)}
+    weights = edges.new_zeros(height, width, len(disc))
+    for (dy, dx), edge in along_paths(edges, radius):
+        affinity = F.threshold((1 - edge).pow_(beta), negligible, 0.0)
+        left, columns = max(0, -dx), width - abs(dx)
+        weights[: height - dy, left : left + columns, place[dy, dx]] = affinity
+        weights[dy:, left + dx : left + dx + columns, place[-dy, -dx]] = affinity
+    others = weights.sum(-1)
+    weights[..., place[0, 0]] = -others
+    weights /= (1 + others)[..., None]
+
+    # int32 has half of int64's bytes to read, and is what MKL, behind the CPU's products, would convert int64 to.
+    dtype = torch.int32 if weights.numel() < 2**31 else torch.int64
+    pixels = torch.arange(edges.numel() + 1, dtype=dtype, device=edges.device)
+    moves = torch.tensor([dy * width + dx for dy, dx in disc], dtype=dtype, device=edges.device)
+    neighbours = (pixels[:-1, None] + moves).clamp_(0, edges.numel() - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls all of CSR "beta"
+        return torch.sparse_csr_tensor(
+            pixels * len(disc), neighbours.flatten(), weights.flatten(), check_invariants=False
+        )
+
+
+def _walk(change: Tensor, x: Tensor, steps: int) -> Tensor:
+    """(I + ``change``) ** ``steps`` @ ``x``, of a matrix M = I + ``change`` with real eigenvalues in [−1, 1].
+
+    D⁻¹A has them: it is similar to the symmetric D^-½ A D^-½. A power of it is then a short series of Chebyshev
+    polynomials T_k: 84 products in float32 for 256 steps. Their recurrence T_k+1 = 2 M T_k − T_k-1 is,
+    with the differences d_k+1 = T_k+1 − T_k, the same as d_k+1 = d_k + 2 (M − I) T_k, which rounds less.
+    """
+    coefficients = _chebyshev(steps, torch.finfo(x.dtype).eps)
+    result, current, difference = coefficients[0] * x, x.clone(), torch.zeros_like(x)
+    for order, coefficient in enumerate(coefficients[1:], start=1):
+        difference = torch.addmm(difference, change, current, alpha=1 if order == 1 else 2)
+        current += difference
+        if coefficient:
+            result.add_(current, alpha=coefficient)
+    return result
+
+
+@lru_cache
+def _chebyshev(steps: int, tolerance: float) -> tuple[float, ...]:
+    r"""The coefficients of T_0, T_1, … whose sum is x ** ``steps`` to ``tolerance``, on all of [−1, 1].
+
+    :math:`x^n = 2^{1-n} \sum_k \binom{n}{(n-k)/2} T_k(x)` over the k ≤ n of n's parity, that of k = 0 halved. They
+    fall like exp(−k²/2n). They are made to add up to 1, so that what is constant stays constant.
+    """
+    order = steps % 2
+    terms = [1.0]  # each next to the first one
+    while order < steps and terms[-1] > tolerance**2:
+        terms.append(terms[-1] * (steps - order) / (steps + order + 2))
+        order += 2
+    if steps % 2 == 0:
+        terms[0] /= 2
+    left_out, allowed = 0.0, tolerance * sum(terms)
+    while left_out + terms[-1] <= allowed:
+        left_out += terms.pop()
+    total = sum(terms)
+    result = [0.0] * (steps % 2 + 2 * len(terms) - 1)
+    result[steps % 2 :: 2] = [term / total for term in terms]
+    return tuple(result)
