@@ -31,6 +31,15 @@ class Trunk(nn.Sequential):
             *(_Residual(4 * width) for _ in range(blocks)),
         )
         self.out_channels = 4 * width
+        self.level_channels = (width, 2 * width, 4 * width)
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """``(B, 3, H, W)`` -> features of strides 2, 4, 8."""
+        found = [images]
+        for layer in self:
+            down = isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
+            found = [*found, layer(found[-1])] if down else [*found[:-1], layer(found[-1])]
+        return found[1:]
 
 
 class TwoTowers(nn.Module):

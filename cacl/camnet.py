@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -11,17 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._checks import (
-    InputError,
-    InputTypeError,
-    check_choice,
-    check_positive,
-    check_tensor,
-    did_you_mean,
-    expected,
-    shape,
-)
-from cacl._small import Trunk, load_trunk
+from cacl._backbones import named_backbone
+from cacl._checks import InputTypeError, check_choice, check_positive, check_tensor, expected, shape
 
 
 class CAMOutput(NamedTuple):
@@ -61,7 +51,7 @@ class CAMNet(nn.Module):
         super().__init__()
         check_positive("num_classes", num_classes)
         self.num_classes = num_classes
-        self.backbone = _named(backbone, weights) if isinstance(backbone, str) else backbone
+        self.backbone = named_backbone(backbone, weights) if isinstance(backbone, str) else backbone
         channels = getattr(self.backbone, "out_channels", None)
         if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
             raise InputTypeError(
@@ -119,7 +109,7 @@ class CAMNet(nn.Module):
             raise expected("scales", "positive factors, at least one", tuple(scales))
         height, width = images.shape[-2:]
         total = torch.zeros((), device=images.device)
-        with _evaluating(self):
+        with evaluating(self):
             for scale in scales:
                 target = (max(1, round(height * scale)), max(1, round(width * scale)))
                 scaled = images
@@ -140,55 +130,8 @@ class CAMNet(nn.Module):
         return [{"params": trunk, "lr": lr}, {"params": head, "lr": lr * head_factor}]
 
 
-def _named(name: str, weights: str | None) -> nn.Module:
-    if name != "scenes":
-        return _ResNet(name, weights)
-    if weights not in ("DEFAULT", None):
-        raise expected("weights", "one of DEFAULT, None for scenes", repr(weights))
-    return load_trunk() if weights is not None else Trunk()
-
-
-class _ResNet(nn.Module):
-    """A torchvision ResNet without its head, at output stride 16, the first convolution and batch norm frozen."""
-
-    def __init__(self, name: str, weights: str | None) -> None:
-        super().__init__()
-        from torchvision import models
-
-        known = [model for model in models.list_models(module=models) if model.startswith(("res", "wide_res"))]
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise InputError(
-                f"Expected argument `backbone` to be one of {', '.join(known)}, scenes, but got {name!r}{hint}"
-            )
-        available = [w.name for w in models.get_model_weights(name)]
-        if weights is not None and weights not in (*available, "DEFAULT"):
-            choices = ", ".join((*available, "DEFAULT"))
-            raise expected("weights", f"None or one of {choices} for {name}", repr(weights))
-        try:
-            network = models.get_model(name, weights=weights)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or another file than expected
-            raise InputError(f"The weights {weights} of {name} could not be downloaded ({error}).") from None
-        for module in network.layer4.modules():
-            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-                module.stride = (1, 1)
-        self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-        self.layers = nn.Sequential(network.layer1, network.layer2, network.layer3, network.layer4)
-        self.out_channels = int(network.fc.in_features)
-        self.stem.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> _ResNet:
-        super().train(mode)
-        self.stem.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.layers(self.stem(images))
-        return features
-
-
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every submodule's own mode put back afterwards."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
