@@ -11,36 +11,43 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cacl import scenes
-from cacl._checks import InputError, first_line
+from cacl._checks import InputError, check_range, first_line
 from cacl._files import load_state, load_weights, read_json, write_json, write_text
 from cacl._log import Callback, Log, Record
 from cacl.camnet import CAMNet
 from cacl.cams import evaluate_cams
 from cacl.config import Config, Training
+from cacl.crf import check_backend
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset, check, open_dataset
 from cacl.encoders import ImageTextEncoder, load_encoder
+from cacl.irn import IRNet
 from cacl.losses import BGSuppressionLoss
-from cacl.metrics import BACKGROUND_SCORE
+from cacl.masks import evaluate_refined
+from cacl.metrics import BACKGROUND_SCORE, SCORES
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.training import Loop
 from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
 
-STAGES = ("warmup", "cacl", "cams", "report")
+Network = TypeVar("Network", bound=nn.Module)
+
+STAGES = ("warmup", "cacl", "cams", "irn", "masks", "report")
 """The stages in their order; each builds on the one before it."""
-_SCORED_ON = {"warmup": "eval", "cacl": "eval", "cams": "train"}
-"""Stage -> the key of ``[data]`` that names the split its CAMs are scored on; other stages have no score."""
+_SCORED_ON = {"warmup": "eval", "cacl": "eval", "cams": "train", "irn": "train", "masks": "train"}
+"""Stage -> the key of ``[data]`` that names the split its result is scored on; other stages have no score."""
 
 
 @dataclass
@@ -120,6 +127,13 @@ class Session:
 
     def net(self, stage: str | None = None) -> CAMNet:
         """A network with its initial weights, or with those that a finished stage left."""
+        return self._network(partial(CAMNet, len(self.train.classes)), stage)
+
+    def irnet(self, stage: str | None = None) -> IRNet:
+        """As :meth:`net`; its backbone is the untrained one of ``[camnet]``."""
+        return self._network(IRNet, stage)
+
+    def _network(self, make: Callable[..., Network], stage: str | None) -> Network:
         table = self.config.camnet
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.run.seed)  # torch.manual_seed would seed the GPUs too
@@ -127,7 +141,7 @@ class Session:
             if self.given_backbone is not None:
                 backbone = copy.deepcopy(self.given_backbone)
             pretrained = table.weights if stage is None else ""
-            net = CAMNet(len(self.train.classes), backbone=backbone, weights=pretrained or None)
+            net = make(backbone=backbone, weights=pretrained or None)
         if stage is not None:
             path = self.out / stage / "model.pt"
             load_weights(net, load_state(path), path)
@@ -166,7 +180,19 @@ class Session:
         )
         return criterion.to(self.device)
 
-    def loop(self, table: Training) -> Loop:
+    @property
+    def crf(self) -> dict[str, Any]:
+        """How CRFs are done, for :mod:`cacl.masks`."""
+        table, backend = self.config.irn, self.config.run.crf
+        # One process is enough where a GPU does the work.
+        on_gpu = backend == "torch" and self.device.type == "cuda"
+        crf = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
+        return {
+            "crf": {**crf, "backend": backend, "device": self.device if on_gpu else "cpu"},
+            "workers": 0 if on_gpu else self.workers,
+        }
+
+    def loop(self, table: Training, *, masks: bool = False) -> Loop:
         run = self.config.run
         return Loop(
             epochs=table.epochs,
@@ -178,6 +204,7 @@ class Session:
             device=self.device,
             precision=run.precision,
             checkpoint_seconds=run.checkpoint_seconds,
+            masks=masks,
         )
 
     def prepare(self, stages: Sequence[str]) -> None:
@@ -186,12 +213,16 @@ class Session:
             if name in stages and before not in stages and not self.finished(before):
                 raise InputError(f"{self.out}: the stage {before!r} has not finished with these settings; run it first")
         # What is wrong with a setting shows now: not after the warm-up, and not when files have been replaced.
-        for table in (self.config.warmup, self.config.cacl):
+        for table in (self.config.warmup, self.config.cacl, self.config.irn):
             self.loop(table)
         if "warmup" in stages and not self.finished("warmup"):
             self.net()
         if "cacl" in stages and not self.finished("cacl"):
             _ = self.criterion
+        if "irn" in stages and not self.finished("irn"):
+            check_backend(self.config.run.crf)
+            check_range("background_score", self.config.irn.background_score, 0, self.config.irn.foreground_score)
+            self.irnet()
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
             datasets = [dataset for dataset in (self.train, self.eval) if dataset is not None]
@@ -223,8 +254,8 @@ class Session:
                     (self.out / later / "stage.json").unlink(missing_ok=True)
                     self.keep_metrics(later, None)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
-                if (folder / "train").is_dir():
-                    shutil.rmtree(folder / "train")
+                for files in folder.glob("*/"):
+                    shutil.rmtree(files)
             start = time.monotonic()
             write_json(path, {"key": key, "finished": False})
             body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
@@ -248,8 +279,12 @@ class Session:
                     mine += [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
             elif name == "cams":
                 mine = [config.cams, self.key("cacl")]
+            elif name == "irn":
+                mine = [config.irn, self.key("cams")]
+            elif name == "masks":
+                mine = [config.masks, self.key("irn")]
             else:
-                mine = [config.report, self.key("cams"), self.fingerprints]
+                mine = [config.report, self.key("masks"), self.fingerprints]
             self.keys[name] = _hash(*common, *mine)
         return self.keys[name]
 
@@ -257,7 +292,7 @@ class Session:
         return read_json(self.out / stage / "stage.json") == {"key": self.key(stage), "finished": True}
 
     def evaluate(self, name: str) -> None:
-        """Mean IoU of a finished stage's CAMs: on the split to evaluate, or of the files that were written."""
+        """Mean IoU of what a finished stage gives: on the split to evaluate, or of the training images."""
         role = _SCORED_ON.get(name)
         dataset: Dataset | None = getattr(self, role) if role else None
         if role is None or dataset is None or not any(entry.mask for entry in dataset.entries):
@@ -266,23 +301,25 @@ class Session:
         key = _hash(self.key(name), self.config.cams, split, self.fingerprints[role])
         if self.metrics.get(name, {}).get("key") == key:
             return
-        source = self.out / "cams" / "train" if name == "cams" else self.net(name)
-        sweep = evaluate_cams(source, dataset, **self.inference)
-        classes = ("background", *self.train.classes)
-        at = sweep.iou[sweep.scores.index(BACKGROUND_SCORE)]
-        score, best = sweep.oracle
-        metrics = {
-            "miou": round(sweep.miou(BACKGROUND_SCORE), 6),
-            "split": split,
-            "images": sweep.images,
-            "background_score": BACKGROUND_SCORE,
-            "crf": False,
-            "iou": {k: round(float(v), 6) for k, v in zip(classes, at, strict=True) if v == v},
-            "oracle": {"background_score": score, "miou": round(best, 6)},
-            "key": key,
-        }
+        metrics = {**self._score(name, dataset), "split": split, "key": key}
         self.keep_metrics(name, metrics)
         logger.info("%s", describe(name, metrics))
+
+    def _score(self, name: str, dataset: Dataset) -> Record:
+        """What is evaluated, its mean IoU and that of every class, and the oracle's where there is a score to sweep."""
+        score = self.config.masks.background_score if name == "masks" else BACKGROUND_SCORE
+        what = {"irn": "CAM + CRF", "masks": "pseudo masks"}.get(name, "CAM")
+        record: Record = {"what": what, "background_score": score, "crf": name == "irn"}
+        if name == "irn":
+            matrix, images = evaluate_refined(dataset, self.out / "cams" / "train", background_score=score, **self.crf)
+            return {**record, "images": images, **_iou(matrix.iou, dataset.classes)}
+        folders = {"cams": self.out / "cams" / "train", "masks": self.out / "masks" / "walk"}
+        source = folders[name] if name in folders else self.net(name)
+        sweep = evaluate_cams(source, dataset, scores=sorted({*SCORES, score}), **self.inference)
+        best, miou = sweep.oracle
+        oracle = {"background_score": best, "miou": round(miou, 6)}
+        iou = sweep.iou[sweep.scores.index(score)]
+        return {**record, "images": sweep.images, **_iou(iou, dataset.classes), "oracle": oracle}
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -303,12 +340,18 @@ Body = Callable[[Session, Path, dict[str, Any]], None]
 
 def describe(name: str, metrics: Record) -> str:
     """One evaluation in one line, with everything that a mean IoU needs beside it."""
-    oracle = metrics["oracle"]
-    return (
-        f"{name}: CAM mIoU {100 * metrics['miou']:.1f} % ({metrics['split']}, {metrics['images']} images, background "
-        f"score {metrics['background_score']}, {'CRF' if metrics['crf'] else 'no CRF'}; "
-        f"oracle {100 * oracle['miou']:.1f} % at {oracle['background_score']})"
+    line = (
+        f"{name}: {metrics['what']} mIoU {100 * metrics['miou']:.1f} % ({metrics['split']}, {metrics['images']} "
+        f"images, background score {metrics['background_score']}, {'CRF' if metrics['crf'] else 'no CRF'}"
     )
+    if oracle := metrics.get("oracle"):
+        line += f"; oracle {100 * oracle['miou']:.1f} % at {oracle['background_score']}"
+    return line + ")"
+
+
+def _iou(values: NDArray[np.float64], classes: Sequence[str]) -> Record:
+    named = zip(("background", *classes), values.tolist(), strict=True)
+    return {"miou": round(float(np.nanmean(values)), 6), "iou": {k: round(v, 6) for k, v in named if v == v}}
 
 
 def _hash(*parts: object) -> str:

@@ -20,7 +20,7 @@ from cacl._files import replacing
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset
-from cacl.metrics import Sweep, threshold_sweep
+from cacl.metrics import SCORES, Sweep, threshold_sweep
 from cacl.training import Batch, Loop, train
 from cacl.transforms import normalize
 
@@ -63,7 +63,7 @@ def train_classifier(
         run: ``checkpoint``, ``key``, ``log``, ``callback`` of :func:`cacl.training.train`.
     """
     net.train()
-    optimizer = _sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
+    optimizer = sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         logits = net.classify(batch.images).float()
@@ -103,7 +103,7 @@ def train_cacl(
     groups = net.parameter_groups(lr)
     if thresholds := list(criterion.parameters()):
         groups.append({"params": thresholds, "lr": lr if threshold_lr is None else threshold_lr, "weight_decay": 0.0})
-    optimizer = _sgd(groups, momentum, weight_decay, loop)
+    optimizer = sgd(groups, momentum, weight_decay, loop)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         terms = criterion(batch.images, net(batch.images).cams, batch.labels)
@@ -151,8 +151,13 @@ def make_cams(
     for index, cams in predict_cams(
         net, dataset, wanted, scales=scales, flip=flip, device=device, workers=workers, progress=progress
     ):
-        with replacing(paths[index]) as file:
-            np.savez_compressed(file, classes=cams.classes, maps=cams.maps)
+        save_cams(paths[index], cams)
+
+
+def save_cams(path: Path, cams: ImageCAMs) -> None:
+    """Write a file that :func:`load_cams` reads."""
+    with replacing(path) as file:
+        np.savez_compressed(file, classes=cams.classes, maps=cams.maps)
 
 
 def load_cams(path: Path, num_classes: int) -> ImageCAMs:
@@ -184,6 +189,7 @@ def evaluate_cams(
     device: torch.device | str = "cpu",
     workers: int = 0,
     progress: bool = True,
+    scores: Sequence[float] = SCORES,
 ) -> Sweep:
     """IoU of CAMs, of the image's labels only, at every background score; images without a mask are left out.
 
@@ -195,6 +201,7 @@ def evaluate_cams(
         device: where the network is.
         workers: processes that load images.
         progress: show a progress bar where there is a terminal.
+        scores: the background scores, ascending.
 
     Raises:
         ValueError: if no image has a mask.
@@ -217,7 +224,7 @@ def evaluate_cams(
             mask = dataset.mask(index).numpy()
             yield mask, cams.classes, cams.resized(mask.shape)
 
-    return threshold_sweep(samples(), num_classes)
+    return threshold_sweep(samples(), num_classes, scores=scores)
 
 
 def predict_cams(
@@ -233,15 +240,22 @@ def predict_cams(
     desc: str = "cams",
 ) -> Iterator[tuple[int, ImageCAMs]]:
     """(index, CAMs of the image's labels) of some images, one by one; arguments as for :func:`make_cams`."""
-    loader = DataLoader(_Images(dataset, indices), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for index, image in tqdm(loader, desc=desc, unit="image", disable=None if progress else True):
-        if isinstance(image, InputError):
-            raise image
+    images = load_images(dataset, indices, workers)
+    for index, image in tqdm(images, total=len(indices), desc=desc, unit="image", disable=None if progress else True):
         classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64)
         size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
         images = image[None].to(device, memory_format=torch.channels_last)
         maps = net.predict(images, scales=scales, flip=flip, size=size)[0][classes]
         yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())
+
+
+def load_images(dataset: Dataset, indices: Sequence[int], workers: int) -> Iterator[tuple[int, Tensor]]:
+    """(index, normalised ``(3, H, W)``) of some images, loaded by ``workers`` processes."""
+    loader = DataLoader(_Images(dataset, indices), batch_size=None, num_workers=workers, generator=torch.Generator())
+    for index, image in loader:
+        if isinstance(image, InputError):
+            raise image
+        yield index, image
 
 
 class _Images(torch.utils.data.Dataset[Any]):
@@ -261,7 +275,8 @@ class _Images(torch.utils.data.Dataset[Any]):
             return index, error  # raised by the reader: a worker would wrap it in its traceback
 
 
-def _sgd(groups: list[dict[str, Any]], momentum: float, weight_decay: float, loop: Loop) -> torch.optim.SGD:
+def sgd(groups: list[dict[str, Any]], momentum: float, weight_decay: float, loop: Loop) -> torch.optim.SGD:
+    """The optimiser of every stage that trains."""
     # Fused on a GPU: gradient scaling then needs no look at the device.
     fused = torch.device(loop.device).type == "cuda"
     return torch.optim.SGD(groups, lr=0.1, momentum=momentum, weight_decay=weight_decay, fused=fused)

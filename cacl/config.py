@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Cosine = Annotated[float, Field(ge=-1, le=1, strict=True)]
+Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Factor = Annotated[float, Field(gt=0, le=16, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 
@@ -44,6 +45,8 @@ class Run(Table):
     workers: Count = 2
     """Processes that load images, at most one a core; changes nothing in the result."""
     checkpoint_seconds: Weight = 60.0
+    crf: Literal["auto", "pydensecrf", "torch"] = "auto"
+    """Backend of the CRFs; ``"auto"`` takes pydensecrf if it is installed. They agree in nearly every pixel."""
 
 
 class Data(Table):
@@ -147,6 +150,37 @@ class CAMs(Table):
     flip: Switch = True
 
 
+class IRN(Training):
+    """``[irn]``: label mining and IRNet (Ahn et al. 2019)."""
+
+    epochs: Weight = 3
+    lr: Weight = 0.1
+    """Of the edge branch; that of the displacement branch is ten times that."""
+    schedule: Literal["cosine", "poly", "constant"] = "poly"
+    scale: tuple[Weight, Weight] = (0.5, 1.5)
+    radius: Positive = 10
+    """Pairs of pixels of the stride-4 grid that are less than this apart are looked at."""
+    foreground_score: Share = 0.30
+    background_score: Share = 0.10
+    """Background scores of the two CRFs of the label mining."""
+    gaussian: tuple[Sigma, Weight] = (3.0, 3.0)
+    """The CRF's smoothness: standard deviation in pixels, weight."""
+    bilateral: tuple[Sigma, Sigma, Weight] = (50.0, 5.0, 10.0)
+    """The CRF's appearance: standard deviation in pixels and in colour values (of 255), weight."""
+    iterations: Count = 10
+
+
+class Masks(Table):
+    """``[masks]``: random walk and pseudo masks."""
+
+    background_score: Share = 0.25
+    unsure: Share = 0.0
+    """Pixels whose value is less than this from ``background_score`` become 255."""
+    radius: Positive = 5
+    beta: Weight = 10.0
+    steps: Count = 256
+
+
 class Report(Table):
     """``[report]``: what is shown at the end."""
 
@@ -166,6 +200,8 @@ class Config(Table):
     warmup: Warmup = Warmup()
     cacl: CACL = CACL()
     cams: CAMs = CAMs()
+    irn: IRN = IRN()
+    masks: Masks = Masks()
     report: Report = Report()
 
     @classmethod

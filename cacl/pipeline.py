@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from cacl._checks import check_choice
 from cacl._files import read_json, replacing, save_state
 from cacl._log import Callback
 from cacl._session import STAGES, Body, Session, describe
-from cacl.cams import make_cams, predict_cams, train_cacl, train_classifier
+from cacl.cams import load_cams, make_cams, predict_cams, train_cacl, train_classifier
 from cacl.config import Config
+from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
+from cacl.images import read_mask
+from cacl.masks import make_labels, make_masks, refine_cams, train_irnet
 from cacl.metrics import BACKGROUND_SCORE
-from cacl.pictures import heatmap, overlay, sheet, threshold
+from cacl.pictures import Pixels, heatmap, overlay, sheet, threshold
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def run(
     resume: bool = True,
     callback: Callback | None = None,
 ) -> Result:
-    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``report``.
+    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``irn`` → ``masks`` → ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint.
@@ -129,25 +133,103 @@ def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
     make_cams(session.net("cacl"), session.train, folder / "train", keep=True, **session.inference)
 
 
+def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    table, cams = session.config.irn, session.out / "cams" / "train"
+    make_labels(
+        session.train,
+        cams,
+        folder / "labels",
+        foreground_score=table.foreground_score,
+        background_score=table.background_score,
+        keep=True,
+        **session.crf,
+    )
+    net = session.irnet()
+    rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
+    train_irnet(
+        net,
+        session.train,
+        folder / "labels",
+        session.loop(table, masks=True),
+        radius=table.radius,
+        checkpoint=folder / "checkpoint.pt",
+        **rates,
+        **run,
+    )
+    save_state(folder / "model.pt", net.state_dict())
+
+
+def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    make_masks(
+        session.irnet("irn"),
+        session.train,
+        session.out / "cams" / "train",
+        folder,
+        **session.config.masks.model_dump(),
+        device=session.device,
+        workers=session.workers,
+        keep=True,
+    )
+
+
 def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    for name, table in {"cams": _cam_pictures(session), "masks": _mask_pictures(session)}.items():
+        with replacing(folder / f"{name}.png") as file:
+            table.save(file, "PNG")
+
+
+def _cam_pictures(session: Session) -> Image.Image:
+    """CAMs before and after CA-CL, of images that were not trained on if there are any."""
     dataset = session.eval or session.train
-    count = min(session.config.report.images, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
+    chosen = _chosen(session, dataset)
     stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
     cams = [dict(predict_cams(session.net(stage), dataset, chosen, **session.inference)) for stage in stages.values()]
-    masked = any(dataset.entries[i].mask is not None for i in chosen)
-    rows = []
+    rows = {}
     for i in chosen:
-        entry, photo = dataset.entries[i], dataset.image(i).permute(1, 2, 0).numpy()
+        photo = dataset.image(i).permute(1, 2, 0).numpy()
         maps = [of[i].resized(photo.shape[:2]) for of in cams]
-        pictures = [photo, *(heatmap(photo, each) for each in maps)]
-        pictures.append(overlay(photo, threshold(cams[-1][i].classes, maps[-1])))
-        if masked:
-            pictures.append(overlay(photo, dataset.mask(i).numpy()) if entry.mask else np.zeros_like(photo))
-        rows.append((f"{entry.id}: {', '.join(dataset.classes[k] for k in entry.labels)}", pictures))
-    titles = ["photo", *stages, f"its mask at {BACKGROUND_SCORE}", *(["ground truth"] if masked else [])]
-    with replacing(folder / "cams.png") as file:
-        sheet(titles, rows).save(file, "PNG")
+        mask = overlay(photo, threshold(cams[-1][i].classes, maps[-1]))
+        rows[i] = [photo, *(heatmap(photo, each) for each in maps), mask]
+    return _table(dataset, ["photo", *stages, f"its mask at {BACKGROUND_SCORE}"], rows)
 
 
-_BODIES: dict[str, Body] = {"warmup": _warmup, "cacl": _cacl, "cams": _cams, "report": _report}
+def _mask_pictures(session: Session) -> Image.Image:
+    """The steps from CAM to pseudo mask, of training images."""
+    dataset, cams, chosen = session.train, session.out / "cams" / "train", _chosen(session, session.train)
+    rows = {}
+    for i, refined in refine_cams(dataset, cams, chosen, background_score=BACKGROUND_SCORE, **session.crf):
+        photo, file = dataset.image(i).permute(1, 2, 0).numpy(), f"{dataset.entries[i].id}.png"
+        found = load_cams((cams / file).with_suffix(".npz"), len(dataset.classes))
+        maps = found.resized(photo.shape[:2])
+        kept = (read_mask(session.out / folder / file).numpy() for folder in ("irn/labels", "masks/train"))
+        masks = (threshold(found.classes, maps), refined, *kept)
+        rows[i] = [photo, heatmap(photo, maps), *(overlay(photo, mask) for mask in masks)]
+    titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", "mined labels", "pseudo mask"]
+    return _table(dataset, titles, rows)
+
+
+def _chosen(session: Session, dataset: Dataset) -> list[int]:
+    count = min(session.config.report.images, len(dataset))
+    return [i * len(dataset) // count for i in range(count)]
+
+
+def _table(dataset: Dataset, titles: list[str], rows: dict[int, list[Pixels]]) -> Image.Image:
+    """Pictures of some images, with their ids and labels, and the ground truth where there is one."""
+    entries = {i: dataset.entries[i] for i in rows}
+    if any(entry.mask for entry in entries.values()):
+        titles = [*titles, "ground truth"]
+        for i, entry in entries.items():
+            photo = rows[i][0]
+            rows[i].append(overlay(photo, dataset.mask(i).numpy()) if entry.mask else np.zeros_like(photo))
+    names = {i: ", ".join(dataset.classes[k] for k in entry.labels) for i, entry in entries.items()}
+    return sheet(titles, [(f"{entries[i].id}: {names[i]}", pictures) for i, pictures in rows.items()])
+
+
+_BODIES: dict[str, Body] = {
+    "warmup": _warmup,
+    "cacl": _cacl,
+    "cams": _cams,
+    "irn": _irn,
+    "masks": _masks,
+    "report": _report,
+}

@@ -1,6 +1,7 @@
 """The pipeline: every stage on drawn photos, skipped, resumed, killed, and refused."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",
     "warmup.epochs=2", "warmup.batch_size=3", "warmup.crop=32", "warmup.lr=0.01",
     "cacl.epochs=2", "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cacl.threshold=0.2", "cams.scales=[1.0]",
+    "irn.epochs=2", "irn.batch_size=3", "irn.crop=32", "irn.lr=0.01", "irn.radius=4",
 ]  # fmt: skip
 
 
@@ -62,8 +64,10 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
     assert names == {
         "config.toml", "data.json", "log.jsonl", "metrics.json",
         "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json",
-        "report/stage.json", "report/cams.png",
-        *(f"cams/train/{i}.npz" for i in range(6)),
+        "irn/model.pt", "irn/stage.json", "masks/stage.json",
+        "report/stage.json", "report/cams.png", "report/masks.png",
+        *(f"cams/train/{i}.npz" for i in range(6)), *(f"irn/labels/{i}.png" for i in range(6)),
+        *(f"masks/walk/{i}.npz" for i in range(6)), *(f"masks/train/{i}.png" for i in range(6)),
     }  # fmt: skip
     assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
     metrics = json.loads((result.out / "metrics.json").read_text())
@@ -72,18 +76,25 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
         "warmup": ("val", 3, 0.15, False),
         "cacl": ("val", 3, 0.15, False),
         "cams": ("train", 6, 0.15, False),
+        "irn": ("train", 6, 0.15, True),
+        "masks": ("train", 6, 0.25, False),
     }
     assert metrics["cacl"]["oracle"]["miou"] >= metrics["cacl"]["miou"]
     assert "cacl: CAM mIoU" in result.summary()
     assert "(val, 3 images, background score 0.15, no CRF; oracle" in result.summary()
+    assert re.search(r"irn: CAM \+ CRF mIoU .* \(train, 6 images, background score 0.15, CRF\)", result.summary())
+    assert "masks: pseudo masks mIoU" in result.summary()
     records = [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in records] == [(s, i) for s in ("warmup", "cacl") for i in (1, 2, 3, 4)]
+    assert [(r["stage"], r["step"]) for r in records] == [
+        (s, i) for s in ("warmup", "cacl", "irn") for i in (1, 2, 3, 4)
+    ]
     wanted = {
         "epoch", "lr", "images_per_second", "loss", "itc", "bgs", "region", "foreground_similarity",
         "background_similarity", "pass_rate", "threshold", "template_share",
     }  # fmt: skip
-    assert wanted <= set(records[-1])
-    assert sum(records[-1]["template_share"]) == pytest.approx(1, abs=1e-4)
+    assert wanted <= set(records[7])
+    assert {"loss", "background", "foreground", "negative", "displacement_foreground"} <= set(records[-1])
+    assert sum(records[7]["template_share"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_models_are_left_alone_and_the_seed_decides(root, tmp_path):
@@ -110,24 +121,29 @@ def test_finished_stages_are_skipped_until_something_changes(root, tmp_path):
     before = files(out)
     assert stages_of() == []
     assert files(out) == before
-    assert stages_of("cams.flip=false") == []
+    assert stages_of("masks.beta=5") == []
+    after = files(out)
+    assert {name for name in before if before[name] != after[name]} >= {f"masks/walk/{i}.npz" for i in range(6)}
+    assert before["irn/model.pt"] == after["irn/model.pt"]
+    assert stages_of("irn.radius=3") == ["irn"]
+    assert stages_of("cams.flip=false") == ["irn"]
     assert files(out)["cams/train/0.npz"] != before["cams/train/0.npz"]
-    assert stages_of("cacl.alpha=10") == ["cacl"]
-    assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1") == []
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl"]
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl"]
+    assert stages_of("cacl.alpha=10") == ["cacl", "irn"]
+    assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1", "run.crf=torch") == []
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl", "irn"]
     (root / "images/0.png").write_bytes((root / "images/1.png").read_bytes())
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn"]
     # A mask or a scale of the CAMs changes what is measured, and nothing that was trained.
     scores = json.loads((out / "metrics.json").read_text())
     (root / "masks/7.png").write_bytes((root / "masks/6.png").read_bytes())
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", "cams.scales=[2.0]") == []
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", "cams.scales=[2.0]") == ["irn"]
     again = json.loads((out / "metrics.json").read_text())
     assert all(again[stage]["iou"] != scores[stage]["iou"] for stage in ("warmup", "cacl", "cams"))
-    assert list(again) == ["warmup", "cacl", "cams"]
+    assert list(again) == ["warmup", "cacl", "cams", "irn", "masks"]
     encoder = TinyEncoder()
     encoder.head.weight.data += 0.1
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl", "irn"]
 
 
 def test_a_stage_needs_those_before_it(root, tmp_path):
@@ -141,7 +157,7 @@ def test_a_stage_needs_those_before_it(root, tmp_path):
     assert files(tmp_path / "out") == before
     with pytest.raises(ValueError, match="the stage 'cacl' has not finished with these settings"):
         run(root, tmp_path / "out", "cacl.beta=0", stages=["cams"])
-    with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", "report"'):
+    with pytest.raises(ValueError, match='Expected argument `stages` to be one of "warmup", "cacl", "cams", "irn"'):
         run(root, tmp_path / "out", stages=["came"])
 
 
@@ -212,7 +228,7 @@ def test_another_checkpoint_under_the_same_name_is_another_encoder(root, tmp_pat
 def test_plan_says_what_would_be_done(root, tmp_path):
     config = configure(root, tmp_path / "out", "cacl.beta=0")
     pipeline.run(config, encoder=None, backbone=None, stages=[])  # writes the configuration, and no stage
-    assert pipeline.plan(config) == ["warmup: new", "cacl: new", "cams: new", "report: new"]
+    assert pipeline.plan(config) == [f"{name}: new" for name in pipeline.STAGES]
     small = [*SETTINGS, f"data.root={root}", f"run.out={tmp_path / 'out'}", "camnet.backbone=resnet18"]
     config = Config.load("voc", [*small, "camnet.weights="])
     pipeline.run(config, stages=["warmup"])
@@ -269,6 +285,8 @@ def test_clip_from_a_checkpoint(root, tmp_path, clip_state):
         (["warmup.scale=[2.0,1.0]"], r"Expected argument `scale\[1\]` to be a number in \[2, 100\], but got 1.0"),
         (["cacl.template=4"], r"Expected argument `template` to be in \[0, 3\], but got 4"),
         (["backgrounds.file=none.json"], "none.json: "),
+        (["irn.foreground_score=0.05"], "`background_score` to be a number in .0, 0.05., but got 0.1"),
+        (["irn.bilateral=[50.0, 0.0, 10.0]"], r"\[irn\] bilateral.1: input should be greater than 0, but got 0.0"),
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_lost(root, tmp_path, settings, message):
@@ -310,7 +328,7 @@ run({root!r}, {out!r}, *{settings!r}, "run.workers={workers}")
     [(3, 0), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
 )
 def test_killed_and_started_again_is_the_same_byte_for_byte(root, tmp_path, kills, workers):
-    settings = ["run.checkpoint_seconds=0", "warmup.epochs=20", "cacl.epochs=20", "cacl.momentum=0.9"]
+    settings = ["run.checkpoint_seconds=0", "warmup.epochs=15", "cacl.epochs=15", "irn.epochs=10", "cacl.momentum=0.9"]
     settings += ["cacl.threshold_mode=soft", "cacl.threshold=0.25"]
     whole = files(run(root, tmp_path / "whole", *settings).out)
     out = tmp_path / "killed"
@@ -340,7 +358,8 @@ MEMORY = """
 import resource, sys
 sys.path[:0] = [{tests!r}]
 from test_pipeline import run
-run({root!r}, {out!r}, "warmup.epochs=1", "cacl.epochs=1", "warmup.batch_size=16", "cacl.batch_size=16")
+run({root!r}, {out!r}, "warmup.epochs=1", "cacl.epochs=1", "irn.epochs=1",
+    *(f"{{stage}}.batch_size=16" for stage in ("warmup", "cacl", "irn")))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

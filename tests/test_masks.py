@@ -1,0 +1,211 @@
+"""Pseudo masks as files: label mining, IRNet and the random walk over a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn import write_csv
+from PIL import Image
+
+from cacl.cams import ImageCAMs, evaluate_cams, load_cams, save_cams
+from cacl.datasets import CSVDataset, Dataset
+from cacl.images import read_mask
+from cacl.irn import IRNet, mine_labels
+from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk
+from cacl.metrics import ConfusionMatrix
+from cacl.pictures import palette
+from cacl.random_walk import propagate
+from cacl.training import Loop
+from cacl.transforms import RandomView
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return CSVDataset(write_csv(tmp_path / "data"), "train")
+
+
+@pytest.fixture
+def cams(dataset, tmp_path):
+    """Rough CAMs: the mask at a quarter of the size, blurred by a pixel."""
+    for i, entry in enumerate(dataset.entries):
+        mask = dataset.mask(i).numpy()[::4, ::4]
+        maps = []
+        for k in entry.labels:
+            core = (mask == k + 1).astype(np.float32)
+            maps.append(np.mean([np.roll(core, shift, axis) for shift in (-1, 0, 1) for axis in (0, 1)], 0))
+        save_cams(tmp_path / f"cams/{entry.id}.npz", ImageCAMs(np.array(entry.labels), np.array(maps, np.float16)))
+    return tmp_path / "cams"
+
+
+def net() -> IRNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return IRNet("scenes")
+
+
+def test_mined_labels_are_written_as_pictures(dataset, cams, tmp_path):
+    make_labels(dataset, cams, tmp_path / "labels")
+    for i, entry in enumerate(dataset.entries):
+        with Image.open(tmp_path / f"labels/{entry.id}.png") as file:
+            assert file.mode == "P"
+            assert np.array_equal(np.array(file.getpalette()).reshape(-1, 3), palette())
+            found = load_cams(cams / f"{entry.id}.npz", 2)
+            photo = dataset.image(i).permute(1, 2, 0).numpy()
+            assert np.array_equal(np.array(file), mine_labels(photo, found.classes, found.maps))
+    assert {path.name for path in (tmp_path / "labels").iterdir()} == {f"{i}.png" for i in range(6)}
+
+
+def test_processes_write_the_same_labels(dataset, cams, tmp_path):
+    make_labels(dataset, cams, tmp_path / "one", workers=0)
+    make_labels(dataset, cams, tmp_path / "two", workers=2)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_what_is_there_can_be_kept(dataset, cams, tmp_path):
+    save_mask(tmp_path / "labels/2.png", np.full((48, 64), 9, np.uint8))
+    make_labels(dataset, cams, tmp_path / "labels", keep=True)
+    assert (read_mask(tmp_path / "labels/2.png") == 9).all()
+    make_labels(dataset, cams, tmp_path / "labels")
+    assert (read_mask(tmp_path / "labels/2.png") != 9).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_file_of_cams_is_named(dataset, cams, tmp_path, workers):
+    (cams / "3.npz").unlink()
+    for make in (
+        lambda: make_labels(dataset, cams, tmp_path / "labels", workers=workers),
+        lambda: make_masks(net(), dataset, cams, tmp_path / "masks", workers=workers),
+        lambda: evaluate_refined(dataset, cams, background_score=0.15, workers=workers),
+    ):
+        with pytest.raises(ValueError, match=r"cams/3.npz: no such file$"):
+            make()
+
+
+def train(network: IRNet, dataset: Dataset, labels: Path, **settings) -> list[dict]:
+    records: list[dict] = []
+    loop = Loop(epochs=settings.pop("epochs", 2), batch_size=2, view=RandomView(48), masks=True, schedule="poly")
+    train_irnet(network, dataset, labels, loop, radius=4, callback=records.append, **settings)
+    return records
+
+
+def test_irnet_finds_the_edges_of_the_mined_labels(dataset, cams, tmp_path):
+    make_labels(dataset, cams, tmp_path / "labels")
+    network = net()
+    records = train(network, dataset, tmp_path / "labels", epochs=20)
+    first, last = (np.mean([record["loss"] for record in part]) for part in (records[:10], records[-10:]))
+    assert last < 0.7 * first
+    assert records[0].keys() >= {"background", "foreground", "negative", "displacement_foreground"}
+    from cacl.transforms import normalize
+
+    image, mask = dataset.image(0), dataset.mask(0).numpy()[2::4, 2::4]
+    edges = network.predict(normalize(image)[None])[0].numpy()
+    across = np.zeros_like(mask, bool)
+    across[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    across[1:] |= mask[1:] != mask[:-1]
+    assert edges[across].mean() > 2 * edges[~across].mean()
+
+
+def test_masks_are_the_random_walk_of_the_cams(dataset, cams, tmp_path):
+    network = net()
+    make_masks(network, dataset, cams, tmp_path / "masks", background_score=0.4, radius=3, beta=2.0, steps=9)
+    from cacl.transforms import normalize
+
+    for i, entry in enumerate(dataset.entries):
+        seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float()
+        edges = network.predict(normalize(dataset.image(i))[None])[0]
+        walked = propagate(seeds, edges, radius=3, beta=2.0, steps=9)
+        walked = walked / walked.max()
+        stored = load_cams(tmp_path / f"masks/walk/{entry.id}.npz", 2)
+        np.testing.assert_allclose(stored.maps, walked.numpy(), atol=1e-3)
+        large = stored.resized((48, 64))
+        mask = np.where(large.max(0) > 0.4, stored.classes[large.argmax(0)] + 1, 0)
+        assert np.array_equal(read_mask(tmp_path / f"masks/train/{entry.id}.png").numpy(), mask)
+
+
+def test_unsure_pixels_are_ignored(dataset, cams, tmp_path):
+    make_masks(net(), dataset, cams, tmp_path / "sure", background_score=0.4)
+    make_masks(net(), dataset, cams, tmp_path / "unsure", background_score=0.4, unsure=0.1)
+    for entry in dataset.entries:
+        sure, unsure = (read_mask(tmp_path / f"{name}/train/{entry.id}.png").numpy() for name in ("sure", "unsure"))
+        ring = np.abs(load_cams(tmp_path / f"sure/walk/{entry.id}.npz", 2).resized((48, 64)).max(0) - 0.4) < 0.1
+        assert ring.any()
+        assert np.array_equal(unsure == 255, ring)
+        assert np.array_equal(unsure[~ring], sure[~ring])
+
+
+def test_walked_cams_can_be_evaluated_like_cams(dataset, cams, tmp_path):
+    make_masks(net(), dataset, cams, tmp_path / "masks", background_score=0.25)
+    sweep = evaluate_cams(tmp_path / "masks/walk", dataset, scores=(0.25,))
+    matrix = ConfusionMatrix(2)
+    for i, entry in enumerate(dataset.entries):
+        matrix.update(dataset.mask(i).numpy(), read_mask(tmp_path / f"masks/train/{entry.id}.png").numpy())
+    assert sweep.miou(0.25) == pytest.approx(matrix.miou)
+
+
+def test_cams_of_another_size_are_resized(randn):
+    maps = np.zeros((2, 3, 4), np.float16)
+    maps[1, 1, 1] = 1
+    walked = walk(ImageCAMs(np.array([0, 5]), maps), torch.zeros(12, 16), steps=4)
+    assert walked.maps.shape == (2, 12, 16)
+    assert walked.maps.max() == 1
+    assert not walked.maps[0].any()
+
+
+def test_nothing_to_walk_from():
+    none = walk(ImageCAMs(np.zeros(0, np.int64), np.zeros((0, 3, 4), np.float16)), torch.zeros(3, 4))
+    assert none.maps.shape == (0, 3, 4)
+    zero = walk(ImageCAMs(np.array([1]), np.zeros((1, 3, 4), np.float16)), torch.zeros(3, 4))
+    assert not zero.maps.any()
+
+
+def test_an_image_without_a_label_is_background(dataset, cams, tmp_path):
+    entry = dataset.entries[0]._replace(labels=())
+    alone = Dataset(dataset.classes, [entry])
+    save_cams(cams / "0.npz", ImageCAMs(np.zeros(0, np.int64), np.zeros((0, 12, 16), np.float16)))
+    make_labels(alone, cams, tmp_path / "labels")
+    make_masks(net(), alone, cams, tmp_path / "masks", unsure=0.1)
+    for path in (tmp_path / "labels/0.png", tmp_path / "masks/train/0.png"):
+        assert not read_mask(path).any()
+    train(net(), alone, tmp_path / "labels", epochs=1)
+
+
+def test_odd_images(tmp_path):
+    """One row, one column, smaller than the radius, larger than 2000 pixels."""
+    (tmp_path / "classes.txt").write_text("thing")
+    sizes = {"row": (1, 37), "column": (37, 1), "small": (3, 2), "large": (70, 2100)}
+    rows = ["image,labels,mask,split"]
+    for name, size in sizes.items():
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
+        rows.append(f"{name}.png,thing,,train")
+        grid = [-(-side // 4) for side in size]
+        save_cams(tmp_path / f"cams/{name}.npz", ImageCAMs(np.array([0]), np.ones((1, *grid), np.float16)))
+    (tmp_path / "dataset.csv").write_text("\n".join(rows))
+    dataset = CSVDataset(tmp_path, "train")
+    make_labels(dataset, tmp_path / "cams", tmp_path / "labels")
+    train(net(), dataset, tmp_path / "labels", epochs=1)
+    make_masks(net(), dataset, tmp_path / "cams", tmp_path / "masks")
+    for name, size in sizes.items():
+        assert read_mask(tmp_path / f"masks/train/{name}.png").shape == size
+
+
+def test_cams_after_a_crf(dataset, cams):
+    matrix, images = evaluate_refined(dataset, cams, background_score=0.3)
+    assert images == 6
+    masks = dict(refine_cams(dataset, cams, range(6), background_score=0.3))
+    other = ConfusionMatrix(2)
+    for i, mask in masks.items():
+        other.update(dataset.mask(i).numpy(), mask)
+    assert np.array_equal(matrix.counts, other.counts)
+    assert matrix.miou > evaluate_cams(cams, dataset, scores=(0.3,)).miou(0.3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("background_score", 1.5), ("unsure", -0.1), ("radius", 0), ("steps", -1)])
+def test_settings_out_of_range_are_named(dataset, cams, tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        make_masks(net(), dataset, cams, tmp_path / "masks", **{name: value})
