@@ -27,7 +27,7 @@ from cacl._files import load_state, load_weights, read_json, write_json, write_t
 from cacl._log import Callback, Log, Record
 from cacl.camnet import CAMNet
 from cacl.cams import evaluate_cams
-from cacl.config import Config, Training
+from cacl.config import Config, Refined, Training
 from cacl.crf import check_backend
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset, check, open_dataset
@@ -180,10 +180,9 @@ class Session:
         )
         return criterion.to(self.device)
 
-    @property
-    def crf(self) -> dict[str, Any]:
+    def crf(self, table: Refined) -> dict[str, Any]:
         """How CRFs are done, for :mod:`cacl.masks`."""
-        table, backend = self.config.irn, self.config.run.crf
+        backend = self.config.run.crf
         # One process is enough where a GPU does the work.
         on_gpu = backend == "torch" and self.device.type == "cuda"
         crf = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
@@ -307,19 +306,26 @@ class Session:
 
     def _score(self, name: str, dataset: Dataset) -> Record:
         """What is evaluated, its mean IoU and that of every class, and the oracle's where there is a score to sweep."""
-        score = self.config.masks.background_score if name == "masks" else BACKGROUND_SCORE
+        masks = name == "masks"
+        score = self.config.masks.background_score if masks else BACKGROUND_SCORE
+        table = self.config.masks if masks else self.config.irn
         what = {"irn": "CAM + CRF", "masks": "pseudo masks"}.get(name, "CAM")
-        record: Record = {"what": what, "background_score": score, "crf": name == "irn"}
-        if name == "irn":
-            matrix, images = evaluate_refined(dataset, self.out / "cams" / "train", background_score=score, **self.crf)
-            return {**record, "images": images, **_iou(matrix.iou, dataset.classes)}
-        folders = {"cams": self.out / "cams" / "train", "masks": self.out / "masks" / "walk"}
-        source = folders[name] if name in folders else self.net(name)
+        crf = name == "irn" or (masks and table.iterations > 0)
+        record: Record = {"what": what, "background_score": score, "crf": crf}
+        folder = self.out / ("masks/walk" if masks else "cams/train")
+        if name == "irn" or masks:
+            matrix, images = evaluate_refined(dataset, folder, background_score=score, **self.crf(table))
+            record |= {"images": images, **_iou(matrix.iou, dataset.classes)}
+            if name == "irn":
+                return record
+        source = folder if masks or name == "cams" else self.net(name)
         sweep = evaluate_cams(source, dataset, scores=sorted({*SCORES, score}), **self.inference)
         best, miou = sweep.oracle
         oracle = {"background_score": best, "miou": round(miou, 6)}
-        iou = sweep.iou[sweep.scores.index(score)]
-        return {**record, "images": sweep.images, **_iou(iou, dataset.classes), "oracle": oracle}
+        alone = _iou(sweep.iou[sweep.scores.index(score)], dataset.classes)
+        if masks:
+            return {**record, "walk": {"miou": alone["miou"], "oracle": oracle}}
+        return {**record, "images": sweep.images, **alone, "oracle": oracle}
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -344,7 +350,10 @@ def describe(name: str, metrics: Record) -> str:
         f"{name}: {metrics['what']} mIoU {100 * metrics['miou']:.1f} % ({metrics['split']}, {metrics['images']} "
         f"images, background score {metrics['background_score']}, {'CRF' if metrics['crf'] else 'no CRF'}"
     )
-    if oracle := metrics.get("oracle"):
+    walk = metrics.get("walk", {})
+    if walk:
+        line += f"; the random walk alone {100 * walk['miou']:.1f} %"
+    if oracle := metrics.get("oracle", walk.get("oracle")):
         line += f"; oracle {100 * oracle['miou']:.1f} % at {oracle['background_score']}"
     return line + ")"
 

@@ -150,7 +150,18 @@ class CAMs(Table):
     flip: Switch = True
 
 
-class IRN(Training):
+class Refined(Table):
+    """What every stage with a CRF has (see :class:`cacl.crf.DenseCRF`)."""
+
+    gaussian: tuple[Sigma, Weight] = (3.0, 3.0)
+    """Smoothness: standard deviation in pixels, weight."""
+    bilateral: tuple[Sigma, Sigma, Weight] = (50.0, 5.0, 10.0)
+    """Appearance: standard deviations in pixels and in colour values (of 255), weight."""
+    iterations: Count = 10
+    """0 for no CRF."""
+
+
+class IRN(Training, Refined):
     """``[irn]``: label mining and IRNet (Ahn et al. 2019)."""
 
     epochs: Weight = 3
@@ -163,19 +174,14 @@ class IRN(Training):
     foreground_score: Share = 0.30
     background_score: Share = 0.10
     """Background scores of the two CRFs of the label mining."""
-    gaussian: tuple[Sigma, Weight] = (3.0, 3.0)
-    """The CRF's smoothness: standard deviation in pixels, weight."""
-    bilateral: tuple[Sigma, Sigma, Weight] = (50.0, 5.0, 10.0)
-    """The CRF's appearance: standard deviation in pixels and in colour values (of 255), weight."""
-    iterations: Count = 10
 
 
-class Masks(Table):
+class Masks(Refined):
     """``[masks]``: random walk and pseudo masks."""
 
     background_score: Share = 0.25
-    unsure: Share = 0.0
-    """Pixels whose value is less than this from ``background_score`` become 255."""
+    unsure: Share = 0.05
+    """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
     radius: Positive = 5
     beta: Weight = 10.0
     steps: Count = 256

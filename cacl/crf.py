@@ -89,11 +89,13 @@ class DenseCRF:
         result = np.zeros(sets.shape, dtype=np.float32)
         result[present.sum(1) == 1] = present[present.sum(1) == 1, :, None, None]  # one label alone is certain
         open_ = np.flatnonzero(present.sum(1) > 1)
-        if len(open_):
-            infer = self._pydensecrf if self.backend == "pydensecrf" else self._torch
-            chosen = [np.clip(sets[s][present[s]], _SMALLEST, None).astype(np.float32) for s in open_]
-            for s, values in zip(open_, infer(chosen, iterations), strict=True):
-                result[s, present[s]] = values
+        chosen = [np.clip(sets[s][present[s]], _SMALLEST, None).astype(np.float32) for s in open_]
+        if iterations == 0:
+            found = [values / values.sum(0) for values in chosen]
+        elif len(open_):
+            found = (self._pydensecrf if self.backend == "pydensecrf" else self._torch)(chosen, iterations)
+        for s, values in zip(open_, found if len(open_) else [], strict=True):
+            result[s, present[s]] = values
         return result.reshape(given.shape)
 
     def _pydensecrf(self, sets: list[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:

@@ -76,7 +76,8 @@ class IRNet(nn.Module):
             )
         self.backbone.requires_grad_(False)
         self.edge_levels = nn.ModuleList(_block(count, 32) for count in channels)
-        self.edge_head = nn.Conv2d(32 * len(channels), 1, 1)
+        # 3×3: an edge is a difference of neighbours, which shallow levels do not hold in one pixel
+        self.edge_head = nn.Sequential(_block(32 * len(channels), 32, 3), nn.Conv2d(32, 1, 1))
         self.displacement_levels = nn.ModuleList(_block(count, 64) for count in channels)
         self.displacement_head = nn.Sequential(_block(64 * len(channels), 128), nn.Conv2d(128, 2, 1, bias=False))
 
@@ -340,8 +341,9 @@ def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.GroupNorm(outputs // 8, outputs), nn.ReLU())
+def _block(inputs: int, outputs: int, size: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(outputs // 8, outputs), nn.ReLU())
 
 
 def _joined(blocks: nn.ModuleList, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

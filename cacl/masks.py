@@ -21,8 +21,8 @@ from cacl._pool import map_processes
 from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd
 from cacl.datasets import Dataset
 from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
-from cacl.metrics import IGNORE, ConfusionMatrix
-from cacl.pictures import palette, threshold
+from cacl.metrics import ConfusionMatrix
+from cacl.pictures import palette
 from cacl.random_walk import propagate
 from cacl.training import Batch, Loop, train
 
@@ -38,6 +38,7 @@ def make_labels(
     workers: int = 0,
     keep: bool = False,
     progress: bool = True,
+    title: str = "label mining",
 ) -> None:
     """Write :func:`cacl.irn.mine_labels` of every image as ``<id>.png``, a palette image with VOC's colours.
 
@@ -51,6 +52,7 @@ def make_labels(
         workers: processes, each of which takes one image at a time.
         keep: leave out images that have a file already.
         progress: show a progress bar where there is a terminal.
+        title: of the progress bar.
 
     Raises:
         ValueError: if a file of CAMs is missing or broken, or a setting is wrong.
@@ -58,7 +60,7 @@ def make_labels(
     wanted = [i for i, entry in enumerate(dataset.entries) if not (keep and (out / f"{entry.id}.png").is_file())]
     scores = {"foreground_score": foreground_score, "background_score": background_score}
     task = _Mining(dataset, cams, out, {**scores, **(crf or {})})
-    for _ in _watched(task, wanted, workers, "label mining", progress):
+    for _ in _watched(task, wanted, workers, title, progress):
         pass
 
 
@@ -100,14 +102,12 @@ def train_irnet(
     train(step, {"net": net}, optimizer, mined, loop, name="irn", **run)
 
 
-def make_masks(
+def walk_cams(
     net: IRNet,
     dataset: Dataset,
     cams: Path,
     out: Path,
     *,
-    background_score: float = 0.25,
-    unsure: float = 0.0,
     radius: int = 5,
     beta: float = 10.0,
     steps: int = 256,
@@ -116,24 +116,61 @@ def make_masks(
     keep: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write the pseudo masks of every image, after a random walk of its CAMs (IRNet, Ahn et al. 2019, section 5).
+    """Write the CAMs of every image after a random walk up to the edges (IRNet, Ahn et al. 2019, section 5).
 
-    ``train/<id>.png`` is the mask, a palette image with VOC's colours: 0, class + 1, or 255 where not sure.
-    ``walk/<id>.npz`` has the CAMs after the walk, divided by their largest value, as :func:`cacl.cams.load_cams` reads
-    them.
+    ``<id>.npz`` has them divided by their largest value, as :func:`cacl.cams.load_cams` reads them.
 
     Args:
         net: gives the edges; on ``device``.
         dataset: the images and their labels.
         cams: folder of :func:`cacl.cams.make_cams`.
         out: folder of the files.
-        background_score: a pixel whose largest value is not above this is background.
-        unsure: pixels whose largest value is less than this from ``background_score`` are 255.
         radius: of :func:`cacl.random_walk.propagate`, like the next two.
         beta: of the walk.
         steps: of the walk.
         device: where ``net`` is, and the walk takes place.
         workers: processes that load images.
+        keep: leave out images that have a file already.
+        progress: show a progress bar where there is a terminal.
+
+    Raises:
+        ValueError: if a file of CAMs is missing or broken, or a setting is wrong.
+    """
+    paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
+    wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
+    images = load_images(dataset, wanted, workers)
+    bar = tqdm(images, total=len(wanted), desc="random walk", unit="image", disable=None if progress else True)
+    for index, image in bar:
+        seeds = _cams(dataset, cams, index)
+        edges = net.predict(image[None].to(device, memory_format=torch.channels_last))[0]
+        save_cams(paths[index], walk(seeds, edges, radius=radius, beta=beta, steps=steps))
+
+
+def make_masks(
+    dataset: Dataset,
+    cams: Path,
+    out: Path,
+    *,
+    background_score: float = 0.25,
+    unsure: float = 0.05,
+    crf: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    keep: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the pseudo masks of every image, ``<id>.png``, a palette image with VOC's colours.
+
+    A pixel is class + 1 or 0, or 255 where it would be foreground at one of the background scores
+    ``background_score ± unsure`` and background at the other.
+
+    Args:
+        dataset: the images and their labels.
+        cams: folder of :func:`walk_cams`.
+        out: folder of the files.
+        background_score: a pixel whose largest value is not above this is background.
+        unsure: 0 for masks without 255.
+        crf: as for :func:`make_labels`; ``iterations=0`` for none.
+        workers: processes, each of which takes one image at a time.
         keep: leave out images that have a mask already.
         progress: show a progress bar where there is a terminal.
 
@@ -142,16 +179,11 @@ def make_masks(
     """
     check_range("background_score", background_score, 0, 1)
     check_range("unsure", unsure, 0, 1)
-    paths = [out / "train" / f"{entry.id}.png" for entry in dataset.entries]
-    wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
-    images = load_images(dataset, wanted, workers)
-    for index, image in tqdm(images, total=len(wanted), desc="masks", unit="image", disable=None if progress else True):
-        id = dataset.entries[index].id
-        seeds = load_cams(cams / f"{id}.npz", len(dataset.classes))
-        edges = net.predict(image[None].to(device, memory_format=torch.channels_last))[0]
-        walked = walk(seeds, edges, radius=radius, beta=beta, steps=steps)
-        save_cams(out / "walk" / f"{id}.npz", walked)
-        save_mask(paths[index], _decide(walked, tuple(image.shape[1:]), background_score, unsure))
+    scores = {
+        "foreground_score": min(1.0, background_score + unsure),
+        "background_score": max(0.0, background_score - unsure),
+    }
+    make_labels(dataset, cams, out, crf=crf, workers=workers, keep=keep, progress=progress, title="masks", **scores)
 
 
 def walk(cams: ImageCAMs, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> ImageCAMs:
@@ -180,7 +212,7 @@ def refine_cams(
 
     Args:
         dataset: the images.
-        cams: folder of :func:`cacl.cams.make_cams`.
+        cams: folder of :func:`cacl.cams.make_cams`, or of :func:`walk_cams`.
         indices: which images.
         background_score: of the CAMs before the CRF.
         crf: as for :func:`make_labels`, like the rest.
@@ -209,14 +241,6 @@ def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
 
 
 _PALETTE = palette().tobytes()
-
-
-def _decide(cams: ImageCAMs, size: tuple[int, ...], score: float, unsure: float) -> NDArray[np.uint8]:
-    maps = cams.resized((size[0], size[1]))
-    mask = threshold(cams.classes, maps, score)
-    if len(maps) and unsure > 0:
-        mask = np.where(np.abs(maps.max(0) - score) < unsure, IGNORE, mask)
-    return mask.astype(np.uint8)
 
 
 def _watched(task: Any, indices: Sequence[int], workers: int, title: str, progress: bool) -> Iterator[Any]:

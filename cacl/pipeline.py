@@ -21,7 +21,7 @@ from cacl.config import Config
 from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
 from cacl.images import read_mask
-from cacl.masks import make_labels, make_masks, refine_cams, train_irnet
+from cacl.masks import make_labels, make_masks, refine_cams, train_irnet, walk_cams
 from cacl.metrics import BACKGROUND_SCORE
 from cacl.pictures import Pixels, heatmap, overlay, sheet, threshold
 
@@ -142,7 +142,7 @@ def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
         foreground_score=table.foreground_score,
         background_score=table.background_score,
         keep=True,
-        **session.crf,
+        **session.crf(table),
     )
     net = session.irnet()
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
@@ -160,15 +160,27 @@ def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 
 def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    make_masks(
+    table, cams = session.config.masks, session.out / "cams" / "train"
+    walk_cams(
         session.irnet("irn"),
         session.train,
-        session.out / "cams" / "train",
-        folder,
-        **session.config.masks.model_dump(),
+        cams,
+        folder / "walk",
+        radius=table.radius,
+        beta=table.beta,
+        steps=table.steps,
         device=session.device,
         workers=session.workers,
         keep=True,
+    )
+    make_masks(
+        session.train,
+        folder / "walk",
+        folder / "train",
+        background_score=table.background_score,
+        unsure=table.unsure,
+        keep=True,
+        **session.crf(table),
     )
 
 
@@ -197,7 +209,9 @@ def _mask_pictures(session: Session) -> Image.Image:
     """The steps from CAM to pseudo mask, of training images."""
     dataset, cams, chosen = session.train, session.out / "cams" / "train", _chosen(session, session.train)
     rows = {}
-    for i, refined in refine_cams(dataset, cams, chosen, background_score=BACKGROUND_SCORE, **session.crf):
+    for i, refined in refine_cams(
+        dataset, cams, chosen, background_score=BACKGROUND_SCORE, **session.crf(session.config.irn)
+    ):
         photo, file = dataset.image(i).permute(1, 2, 0).numpy(), f"{dataset.entries[i].id}.png"
         found = load_cams((cams / file).with_suffix(".npz"), len(dataset.classes))
         maps = found.resized(photo.shape[:2])

@@ -14,12 +14,12 @@ from cacl.cams import ImageCAMs, evaluate_cams, load_cams, save_cams
 from cacl.datasets import CSVDataset, Dataset
 from cacl.images import read_mask
 from cacl.irn import IRNet, mine_labels
-from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk
+from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk, walk_cams
 from cacl.metrics import ConfusionMatrix
 from cacl.pictures import palette
 from cacl.random_walk import propagate
 from cacl.training import Loop
-from cacl.transforms import RandomView
+from cacl.transforms import RandomView, normalize
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_a_missing_file_of_cams_is_named(dataset, cams, tmp_path, workers):
     (cams / "3.npz").unlink()
     for make in (
         lambda: make_labels(dataset, cams, tmp_path / "labels", workers=workers),
-        lambda: make_masks(net(), dataset, cams, tmp_path / "masks", workers=workers),
+        lambda: walk_cams(net(), dataset, cams, tmp_path / "walk", workers=workers),
+        lambda: make_masks(dataset, cams, tmp_path / "masks", workers=workers),
         lambda: evaluate_refined(dataset, cams, background_score=0.15, workers=workers),
     ):
         with pytest.raises(ValueError, match=r"cams/3.npz: no such file$"):
@@ -99,8 +100,6 @@ def test_irnet_finds_the_edges_of_the_mined_labels(dataset, cams, tmp_path):
     first, last = (np.mean([record["loss"] for record in part]) for part in (records[:10], records[-10:]))
     assert last < 0.7 * first
     assert records[0].keys() >= {"background", "foreground", "negative", "displacement_foreground"}
-    from cacl.transforms import normalize
-
     image, mask = dataset.image(0), dataset.mask(0).numpy()[2::4, 2::4]
     edges = network.predict(normalize(image)[None])[0].numpy()
     across = np.zeros_like(mask, bool)
@@ -109,41 +108,37 @@ def test_irnet_finds_the_edges_of_the_mined_labels(dataset, cams, tmp_path):
     assert edges[across].mean() > 2 * edges[~across].mean()
 
 
-def test_masks_are_the_random_walk_of_the_cams(dataset, cams, tmp_path):
+def test_the_walk_is_that_of_the_networks_edges(dataset, cams, tmp_path):
     network = net()
-    make_masks(network, dataset, cams, tmp_path / "masks", background_score=0.4, radius=3, beta=2.0, steps=9)
-    from cacl.transforms import normalize
-
+    walk_cams(network, dataset, cams, tmp_path / "walk", radius=3, beta=2.0, steps=9)
     for i, entry in enumerate(dataset.entries):
         seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float()
         edges = network.predict(normalize(dataset.image(i))[None])[0]
         walked = propagate(seeds, edges, radius=3, beta=2.0, steps=9)
         walked = walked / walked.max()
-        stored = load_cams(tmp_path / f"masks/walk/{entry.id}.npz", 2)
+        stored = load_cams(tmp_path / f"walk/{entry.id}.npz", 2)
         np.testing.assert_allclose(stored.maps, walked.numpy(), atol=1e-3)
-        large = stored.resized((48, 64))
-        mask = np.where(large.max(0) > 0.4, stored.classes[large.argmax(0)] + 1, 0)
-        assert np.array_equal(read_mask(tmp_path / f"masks/train/{entry.id}.png").numpy(), mask)
 
 
-def test_unsure_pixels_are_ignored(dataset, cams, tmp_path):
-    make_masks(net(), dataset, cams, tmp_path / "sure", background_score=0.4)
-    make_masks(net(), dataset, cams, tmp_path / "unsure", background_score=0.4, unsure=0.1)
+@pytest.mark.parametrize("unsure", [0.0, 0.1])
+def test_masks_are_foreground_background_or_unsure(dataset, cams, tmp_path, unsure):
+    make_masks(dataset, cams, tmp_path / "masks", background_score=0.4, unsure=unsure, crf={"iterations": 0})
     for entry in dataset.entries:
-        sure, unsure = (read_mask(tmp_path / f"{name}/train/{entry.id}.png").numpy() for name in ("sure", "unsure"))
-        ring = np.abs(load_cams(tmp_path / f"sure/walk/{entry.id}.npz", 2).resized((48, 64)).max(0) - 0.4) < 0.1
-        assert ring.any()
-        assert np.array_equal(unsure == 255, ring)
-        assert np.array_equal(unsure[~ring], sure[~ring])
+        found = load_cams(cams / f"{entry.id}.npz", 2)
+        maps = found.resized((48, 64))
+        wanted = found.classes[maps.argmax(0)] + 1
+        wanted[maps.max(0) <= 0.4 + unsure] = 255
+        wanted[maps.max(0) <= 0.4 - unsure] = 0
+        mask = read_mask(tmp_path / f"masks/{entry.id}.png").numpy()
+        assert np.array_equal(mask, wanted)
+        assert (mask == 255).any() == (unsure > 0)
 
 
-def test_walked_cams_can_be_evaluated_like_cams(dataset, cams, tmp_path):
-    make_masks(net(), dataset, cams, tmp_path / "masks", background_score=0.25)
-    sweep = evaluate_cams(tmp_path / "masks/walk", dataset, scores=(0.25,))
-    matrix = ConfusionMatrix(2)
-    for i, entry in enumerate(dataset.entries):
-        matrix.update(dataset.mask(i).numpy(), read_mask(tmp_path / f"masks/train/{entry.id}.png").numpy())
-    assert sweep.miou(0.25) == pytest.approx(matrix.miou)
+def test_masks_with_a_crf(dataset, cams, tmp_path):
+    make_masks(dataset, cams, tmp_path / "masks", background_score=0.4, unsure=0)
+    for index, mask in refine_cams(dataset, cams, range(6), background_score=0.4):
+        stored = read_mask(tmp_path / f"masks/{dataset.entries[index].id}.png").numpy()
+        assert (stored == mask).mean() > 0.999
 
 
 def test_cams_of_another_size_are_resized(randn):
@@ -167,8 +162,9 @@ def test_an_image_without_a_label_is_background(dataset, cams, tmp_path):
     alone = Dataset(dataset.classes, [entry])
     save_cams(cams / "0.npz", ImageCAMs(np.zeros(0, np.int64), np.zeros((0, 12, 16), np.float16)))
     make_labels(alone, cams, tmp_path / "labels")
-    make_masks(net(), alone, cams, tmp_path / "masks", unsure=0.1)
-    for path in (tmp_path / "labels/0.png", tmp_path / "masks/train/0.png"):
+    walk_cams(net(), alone, cams, tmp_path / "walk")
+    make_masks(alone, tmp_path / "walk", tmp_path / "masks")
+    for path in (tmp_path / "labels/0.png", tmp_path / "masks/0.png"):
         assert not read_mask(path).any()
     train(net(), alone, tmp_path / "labels", epochs=1)
 
@@ -189,9 +185,10 @@ def test_odd_images(tmp_path):
     dataset = CSVDataset(tmp_path, "train")
     make_labels(dataset, tmp_path / "cams", tmp_path / "labels")
     train(net(), dataset, tmp_path / "labels", epochs=1)
-    make_masks(net(), dataset, tmp_path / "cams", tmp_path / "masks")
+    walk_cams(net(), dataset, tmp_path / "cams", tmp_path / "walk")
+    make_masks(dataset, tmp_path / "walk", tmp_path / "masks")
     for name, size in sizes.items():
-        assert read_mask(tmp_path / f"masks/train/{name}.png").shape == size
+        assert read_mask(tmp_path / f"masks/{name}.png").shape == size
 
 
 def test_cams_after_a_crf(dataset, cams):
@@ -205,7 +202,13 @@ def test_cams_after_a_crf(dataset, cams):
     assert matrix.miou > evaluate_cams(cams, dataset, scores=(0.3,)).miou(0.3)
 
 
-@pytest.mark.parametrize(("name", "value"), [("background_score", 1.5), ("unsure", -0.1), ("radius", 0), ("steps", -1)])
-def test_settings_out_of_range_are_named(dataset, cams, tmp_path, name, value):
+@pytest.mark.parametrize(("name", "value"), [("background_score", 1.5), ("unsure", -0.1)])
+def test_settings_of_masks_out_of_range_are_named(dataset, cams, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
-        make_masks(net(), dataset, cams, tmp_path / "masks", **{name: value})
+        make_masks(dataset, cams, tmp_path / "masks", **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta", -1.0), ("radius", 0), ("steps", -1)])
+def test_settings_of_the_walk_out_of_range_are_named(dataset, cams, tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        walk_cams(net(), dataset, cams, tmp_path / "walk", **{name: value})

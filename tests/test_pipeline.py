@@ -77,7 +77,7 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
         "cacl": ("val", 3, 0.15, False),
         "cams": ("train", 6, 0.15, False),
         "irn": ("train", 6, 0.15, True),
-        "masks": ("train", 6, 0.25, False),
+        "masks": ("train", 6, 0.25, True),
     }
     assert metrics["cacl"]["oracle"]["miou"] >= metrics["cacl"]["miou"]
     assert "cacl: CAM mIoU" in result.summary()
