@@ -182,6 +182,8 @@ class Masks(Refined):
     background_score: Share = 0.25
     unsure: Share = 0.05
     """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
+    power: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
+    """Of the CAMs before the walk; above 1 for CAMs that reach far beyond the objects."""
     radius: Positive = 5
     beta: Weight = 10.0
     steps: Count = 256

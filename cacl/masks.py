@@ -108,6 +108,7 @@ def walk_cams(
     cams: Path,
     out: Path,
     *,
+    power: float = 1.0,
     radius: int = 5,
     beta: float = 10.0,
     steps: int = 256,
@@ -125,6 +126,7 @@ def walk_cams(
         dataset: the images and their labels.
         cams: folder of :func:`cacl.cams.make_cams`.
         out: folder of the files.
+        power: the seeds are the CAMs to this power; above 1 for CAMs that reach far beyond the objects.
         radius: of :func:`cacl.random_walk.propagate`, like the next two.
         beta: of the walk.
         steps: of the walk.
@@ -136,6 +138,7 @@ def walk_cams(
     Raises:
         ValueError: if a file of CAMs is missing or broken, or a setting is wrong.
     """
+    check_range("power", power, 0.01, 100)
     paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
     wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
     images = load_images(dataset, wanted, workers)
@@ -143,7 +146,7 @@ def walk_cams(
     for index, image in bar:
         seeds = _cams(dataset, cams, index)
         edges = net.predict(image[None].to(device, memory_format=torch.channels_last))[0]
-        save_cams(paths[index], walk(seeds, edges, radius=radius, beta=beta, steps=steps))
+        save_cams(paths[index], walk(seeds, edges, power=power, radius=radius, beta=beta, steps=steps))
 
 
 def make_masks(
@@ -186,9 +189,11 @@ def make_masks(
     make_labels(dataset, cams, out, crf=crf, workers=workers, keep=keep, progress=progress, title="masks", **scores)
 
 
-def walk(cams: ImageCAMs, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> ImageCAMs:
+def walk(
+    cams: ImageCAMs, edges: Tensor, *, power: float = 1.0, radius: int = 5, beta: float = 10.0, steps: int = 256
+) -> ImageCAMs:
     """CAMs after a random walk over ``(h, w)`` edge probabilities, divided by the largest value of all classes."""
-    seeds = torch.from_numpy(cams.maps).to(edges.device, torch.float32)
+    seeds = torch.from_numpy(cams.maps).to(edges.device, torch.float32) ** power
     if len(cams.classes) and seeds.shape[1:] != edges.shape:
         seeds = F.interpolate(seeds[None], size=edges.shape, mode="bilinear", align_corners=False)[0]
     seeds = seeds.reshape(len(cams.classes), *edges.shape)

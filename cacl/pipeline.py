@@ -166,6 +166,7 @@ def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
         session.train,
         cams,
         folder / "walk",
+        power=table.power,
         radius=table.radius,
         beta=table.beta,
         steps=table.steps,

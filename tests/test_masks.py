@@ -110,9 +110,9 @@ def test_irnet_finds_the_edges_of_the_mined_labels(dataset, cams, tmp_path):
 
 def test_the_walk_is_that_of_the_networks_edges(dataset, cams, tmp_path):
     network = net()
-    walk_cams(network, dataset, cams, tmp_path / "walk", radius=3, beta=2.0, steps=9)
+    walk_cams(network, dataset, cams, tmp_path / "walk", power=2.0, radius=3, beta=2.0, steps=9)
     for i, entry in enumerate(dataset.entries):
-        seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float()
+        seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float() ** 2
         edges = network.predict(normalize(dataset.image(i))[None])[0]
         walked = propagate(seeds, edges, radius=3, beta=2.0, steps=9)
         walked = walked / walked.max()
@@ -208,7 +208,7 @@ def test_settings_of_masks_out_of_range_are_named(dataset, cams, tmp_path, name,
         make_masks(dataset, cams, tmp_path / "masks", **{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("beta", -1.0), ("radius", 0), ("steps", -1)])
+@pytest.mark.parametrize(("name", "value"), [("power", 0.0), ("beta", -1.0), ("radius", 0), ("steps", -1)])
 def test_settings_of_the_walk_out_of_range_are_named(dataset, cams, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         walk_cams(net(), dataset, cams, tmp_path / "walk", **{name: value})
