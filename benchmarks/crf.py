@@ -1,7 +1,8 @@
 """Time of the CRF in torch operations against pydensecrf, and how many pixels get the same label.
 
 "One" is one CRF of an image, its filters included. "Two" is what label mining needs, two sets of labels of one image:
-pydensecrf builds its filters twice, the torch backend once. Everything runs in this process, in turn.
+pydensecrf builds its filters twice, as code around it does, the torch backend once. Everything runs in this process,
+in turn.
 
     python benchmarks/crf.py
     python benchmarks/crf.py --images photos --threads 1 --json crf.json
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from cacl.crf import DenseCRF, check_backend
+from cacl.crf import DenseCRF, check_backend, dense_crf
 
 
 def draw(height: int, width: int, seed: int) -> NDArray[np.uint8]:
@@ -65,7 +66,7 @@ def measure(image: NDArray[np.uint8], labels: int, repeats: int, device: str, se
     }
     if check_backend("auto") == "pydensecrf":
         runs["pydensecrf"] = lambda: DenseCRF(image, backend="pydensecrf")(sets[0])
-        runs["pydensecrf, two"] = lambda: DenseCRF(image, backend="pydensecrf")(sets)
+        runs["pydensecrf, two"] = lambda: np.stack([dense_crf(image, one, backend="pydensecrf") for one in sets])
     times: dict[str, list[float]] = {name: [] for name in runs}
     results = {}
     for repeat in range(repeats + 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,13 +50,15 @@ class DenseCRF:
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise expected("image", "an array (H, W, 3)", f"shape {image.shape}")
         for name, values, count in (("gaussian", gaussian, 2), ("bilateral", bilateral, 3)):
-            if len(values) != count:
+            if not isinstance(values, tuple | list) or len(values) != count:
                 raise expected(name, f"{count} numbers, the weight last", values)
             for sigma in values[:-1]:
                 check_range(name, sigma, 1e-6, float("inf"))
-            check_range(name, values[-1], 0, float("inf"))
+            check_range(name, values[-1], 0, 1e6)
         self.backend = check_backend(backend)
-        self.image, self.gaussian, self.bilateral, self.device = image, gaussian, bilateral, device
+        self.image = image.copy()  # contiguous and writable, which both backends ask for, and decoded photos are not
+        self.gaussian, self.bilateral, self.device = gaussian, bilateral, device
+        self._with_labels: dict[int, Any] = {}
 
     def __call__(self, probabilities: NDArray[np.floating], *, iterations: int = 10) -> NDArray[np.float32]:
         """Mean field.
@@ -70,11 +72,13 @@ class DenseCRF:
             Of the same shape, adding up to 1 over the labels.
 
         Raises:
-            ValueError: if the shape does not fit, or a probability is NaN, infinite or negative.
+            ValueError: if the shape or type does not fit, or a probability is NaN, infinite or negative.
         """
         check_integer("iterations", iterations, 0)
         given = np.asarray(probabilities)
         size = self.image.shape[:2]
+        if given.dtype.kind not in "fiub":
+            raise InputTypeError(f"Expected argument `probabilities` to hold real numbers, but got {given.dtype}.")
         if given.ndim not in (3, 4) or 0 in given.shape[:-2]:
             raise expected("probabilities", "an array (L, H, W) or (S, L, H, W)", f"shape {given.shape}")
         if given.shape[-2:] != size:
@@ -101,15 +105,16 @@ class DenseCRF:
     def _pydensecrf(self, sets: list[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
         from pydensecrf.densecrf import DenseCRF2D
 
-        image = np.ascontiguousarray(self.image)
         results = []
         for values in sets:
             labels, height, width = values.shape
-            crf = DenseCRF2D(width, height, labels)
+            crf = self._with_labels.get(labels)
+            if crf is None:  # it holds the filters, and takes one probability after the other
+                crf = self._with_labels[labels] = DenseCRF2D(width, height, labels)
+                crf.addPairwiseGaussian(sxy=self.gaussian[0], compat=self.gaussian[1])
+                sxy, srgb, weight = self.bilateral
+                crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=self.image, compat=weight)
             crf.setUnaryEnergy(np.ascontiguousarray(-np.log(values).reshape(labels, -1)))
-            crf.addPairwiseGaussian(sxy=self.gaussian[0], compat=self.gaussian[1])
-            sxy, srgb, weight = self.bilateral
-            crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=weight)
             results.append(np.array(crf.inference(iterations), dtype=np.float32).reshape(values.shape))
         return results
 
@@ -134,7 +139,7 @@ class DenseCRF:
         rows = torch.arange(height, dtype=torch.float32, device=self.device).repeat_interleave(width)
         columns = torch.arange(width, dtype=torch.float32, device=self.device).repeat(height)
         places = torch.stack((columns, rows))
-        pixels = torch.from_numpy(np.ascontiguousarray(self.image)).to(self.device)
+        pixels = torch.from_numpy(self.image).to(self.device)
         colours = pixels.view(-1, 3).t().float()
         sxy, srgb, weight = self.bilateral
         return (
@@ -205,9 +210,10 @@ def check_backend(backend: str) -> Literal["pydensecrf", "torch"]:
 
 def _softmax(energy: Tensor, ends: list[int]) -> Tensor:
     """In place, over each set's labels."""
-    for i, j in pairwise(ends):
-        part = energy[:, i:j]
+    sets = [energy[:, i:j] for i, j in pairwise(ends)]
+    for part in sets:
         part -= part.amax(1, keepdim=True)
-        part.exp_()
+    energy.exp_()  # of all sets in one piece, as it is several times slower on a part of each row
+    for part in sets:
         part /= part.sum(1, keepdim=True)
     return energy

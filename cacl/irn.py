@@ -261,7 +261,8 @@ def affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radiu
         for offset, largest in along_paths(edges[:, 0], radius):
             of_offset, seen = _PairTerms.apply(largest, displacements, labels, offset)
             sums, counts = sums + of_offset, counts + seen
-        background, foreground, negative, flat, pointed = sums / counts[[0, 1, 2, 0, 1]].clamp(min=1)
+        means = sums / torch.cat((counts, counts[:2])).clamp(min=1)
+        background, foreground, negative, flat, pointed = means.unbind()
         total = (background / 2 + foreground / 2 + negative) / 2 + (flat + pointed) / 2
     return IRNTerms(total, background, foreground, negative, flat, pointed)
 
@@ -330,7 +331,8 @@ def _differences(displacements: Tensor, offset: Offset) -> tuple[Tensor, Tensor]
     """Of the displacements of each pair, and that without the offset: 0 where both point to one centre."""
     first, second = (displacements[..., *end] for end in _ends(offset, displacements.shape[-2:]))
     difference = first - second
-    return difference, difference - difference.new_tensor(offset)[:, None, None]
+    dy, dx = difference.unbind(1)
+    return difference, torch.stack((dy - offset[0], dx - offset[1]), 1)  # a tensor of the offset would wait for a GPU
 
 
 def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:

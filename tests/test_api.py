@@ -87,6 +87,17 @@ datasets.CSVDataset(root: str | PathLike[str], split: str | None = None) -> None
 datasets.Sample(id, image, labels, mask)
 cams.make_cams(net: CAMNet, dataset: Dataset, out: Path, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool
     = True, device: torch.device | str = 'cpu', workers: int = 0, keep: bool = False, progress: bool = True) -> None
+crf.dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.floating], *, iterations: int = 10, gaussian:
+    tuple[float, float] = (3.0, 3.0), bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0), backend: Backend =
+    'auto', device: torch.device | str = 'cpu') -> NDArray[np.float32]
+irn.mine_labels(image: NDArray[np.uint8], classes: NDArray[np.integer], maps: NDArray[np.floating], *,
+    foreground_score: float = 0.3, background_score: float = 0.1, gaussian: tuple[float, float] = (3.0, 3.0), bilateral:
+    tuple[float, float, float] = (50.0, 5.0, 10.0), iterations: int = 10, backend: Backend = 'auto', device:
+    torch.device | str = 'cpu') -> NDArray[np.uint8]
+irn.IRNet(backbone: str | nn.Module = 'resnet50', *, weights: str | None = 'DEFAULT') -> None
+irn.IRNOutput(edges, displacements)
+irn.affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10) -> IRNTerms
+random_walk.propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor
 metrics.ConfusionMatrix(num_classes: int) -> None
 metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
     num_classes: int, *, scores: Sequence[float] = ({})) -> Sweep
@@ -171,5 +182,5 @@ def test_examples_in_docstrings(name):
 
 def test_the_building_blocks_have_examples():
     finder = doctest.DocTestFinder()
-    for name in ("losses", "prompts", "selector", "regions", "camnet"):
+    for name in ("losses", "prompts", "selector", "regions", "camnet", "crf", "irn", "random_walk"):
         assert any(test.examples for test in finder.find(importlib.import_module(f"cacl.{name}"))), name

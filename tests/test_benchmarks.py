@@ -104,3 +104,13 @@ def test_loading_runs_and_writes_its_numbers(tmp_path: Path) -> None:
     data = json.loads(out.read_text())
     assert set(data) == {"images_per_second", "ratio", "seconds"}
     assert data["ratio"] > 0
+
+
+def test_stages_runs_and_writes_its_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "stages.json"
+    command = [sys.executable, str(BENCHMARKS / "stages.py"), "--size", "40", "60", "--count", "1", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    data = json.loads(out.read_text())
+    wanted = {"label mining, torch", "IRNet, a training step at 512×512", "random walk", "masks, torch"}
+    assert wanted <= set(data["steps"])
+    assert all(row["ms"] > 0 and row["MB"] >= 0 for row in data["steps"].values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_pydensecrf_is_called_as_its_manual_says():
 
 def test_sets_of_labels_share_an_image(backend):
     image = picture(40, 30)
-    sets = np.stack([given(3, 40, 30, seed) for seed in range(3)])
+    sets = np.stack([given(3, 40, 30, seed) for seed in range(4)])
     sets[1, 2] = 0  # one set with a label less
     sets[2, :2] = 0  # and one with a single label
     crf = DenseCRF(image, backend=backend)
@@ -157,10 +158,13 @@ def test_any_memory_layout_and_float_type(backend):
     np.testing.assert_array_equal(dense_crf(image, moved, backend=backend), wanted)
     double = dense_crf(image, probabilities.astype(np.float64), backend=backend)
     np.testing.assert_allclose(double, wanted, atol=1e-5)
-    before = image.copy(), probabilities.copy()
-    dense_crf(image, probabilities, backend=backend)
-    assert np.array_equal(image, before[0])
-    assert np.array_equal(probabilities, before[1])
+    mirrored = dense_crf(image[:, ::-1], probabilities[:, :, ::-1], backend=backend)
+    again = dense_crf(image[:, ::-1].copy(), probabilities[:, :, ::-1].copy(), backend=backend)
+    np.testing.assert_array_equal(mirrored, again)
+    image.flags.writeable = probabilities.flags.writeable = False  # as np.asarray of a Pillow image
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(dense_crf(image, probabilities, backend=backend), wanted)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (20, 2100)])
@@ -188,9 +192,13 @@ NAN = np.full((2, 8, 9), np.nan)
         ({"probabilities": NAN}, "`probabilities` to be finite and not negative, but got nan"),
         ({"probabilities": -given(2, 8, 9)}, "`probabilities` to be finite and not negative, but got -"),
         ({"probabilities": np.zeros((2, 8, 9))}, "`probabilities` to be positive for some label, but got 0 everywhere"),
+        ({"probabilities": given(2, 8, 9) + 0j}, "`probabilities` to hold real numbers, but got complex"),
         ({"iterations": -1}, "`iterations` to be an integer of at least 0"),
         ({"gaussian": (0.0, 3.0)}, "`gaussian` to be a number in"),
         ({"bilateral": (50.0, -5.0, 10.0)}, "`bilateral` to be a number in"),
+        ({"gaussian": 3.0}, "`gaussian` to be 2 numbers, the weight last, but got 3.0"),
+        ({"gaussian": (3.0, float("inf"))}, "`gaussian` to be a number in"),
+        ({"bilateral": (50.0, 1e-4, 10.0), "backend": "torch"}, "standard deviations of a filter are too small"),
         ({"bilateral": (50.0, 10.0)}, "`bilateral` to be 3 numbers, the weight last"),
         ({"backend": "numpy"}, '`backend` to be one of "auto", "pydensecrf", "torch", but got \'numpy\''),
     ],

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, bg_suppression_loss, itc_loss, region_loss
+from cacl.crf import dense_crf
+from cacl.irn import affinity_loss
+from cacl.random_walk import propagate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -48,3 +51,33 @@ def test_a_step_never_waits_for_the_device(encoder, randn, mode, precision):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert cams.grad.isfinite().all()
+
+
+def test_irnets_loss_equals_the_cpu_s_and_never_waits(randn):
+    inputs = [randn(2, channels, 20, 24) for channels in (1, 2)]
+    labels = torch.randint(0, 3, (2, 80, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        edges, displacements = (x.to(device).requires_grad_() for x in inputs)
+        target = labels.to(device)
+        affinity_loss(edges, displacements, target).total.backward()
+        edges.grad = displacements.grad = None
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            terms = affinity_loss(edges, displacements, target)
+            terms.total.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([*terms, edges.grad, displacements.grad])
+    torch.testing.assert_close(results[1], results[0], check_device=False, rtol=1e-4, atol=1e-5)
+
+
+def test_random_walk_and_crf_equal_the_cpu_s(randn):
+    cams, edges = randn(3, 30, 40).sigmoid(), randn(30, 40).sigmoid() ** 2
+    walked = propagate(cams.cuda(), edges.cuda())
+    assert walked.is_cuda
+    torch.testing.assert_close(walked.cpu(), propagate(cams, edges), rtol=0, atol=1e-4)
+    image = (randn(30, 40, 3).sigmoid() * 255).to(torch.uint8).numpy()
+    probabilities = cams.softmax(0).numpy()
+    one, two = (dense_crf(image, probabilities, backend="torch", device=device) for device in ("cpu", "cuda"))
+    assert abs(one - two).max() < 1e-3
