@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ def map_processes(function: Callable[[T], R], items: Sequence[T], *, workers: in
         ChildProcessError: if a worker process dies.
     """
     check_integer("workers", workers, 0)
-    workers = min(workers, len(items))
+    workers = min(workers, len(items)) if not current_process().daemon else 0  # a daemon may have no children
     return map(function, items) if workers <= 1 else _map(function, items, workers)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cacl import scenes
-from cacl._checks import InputError, check_range, first_line
+from cacl._checks import InputError, first_line
 from cacl._files import load_state, load_weights, read_json, write_json, write_text
 from cacl._log import Callback, Log, Record
 from cacl.camnet import CAMNet
@@ -182,7 +182,7 @@ class Session:
 
     def crf(self, table: Refined) -> dict[str, Any]:
         """How CRFs are done, for :mod:`cacl.masks`."""
-        backend = self.config.run.crf
+        backend = check_backend(self.config.run.crf)
         # One process is enough where a GPU does the work.
         on_gpu = backend == "torch" and self.device.type == "cuda"
         crf = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
@@ -218,9 +218,12 @@ class Session:
             self.net()
         if "cacl" in stages and not self.finished("cacl"):
             _ = self.criterion
-        if "irn" in stages and not self.finished("irn"):
+        if not {"irn", "masks", "report"}.isdisjoint(stages):
             check_backend(self.config.run.crf)
-            check_range("background_score", self.config.irn.background_score, 0, self.config.irn.foreground_score)
+            low, high = self.config.irn.background_score, self.config.irn.foreground_score
+            if low > high:
+                raise InputError(f"[irn] background_score: expected at most foreground_score {high}, but got {low}")
+        if "irn" in stages and not self.finished("irn"):
             self.irnet()
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
@@ -254,7 +257,10 @@ class Session:
                     self.keep_metrics(later, None)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
                 for files in folder.glob("*/"):
-                    shutil.rmtree(files)
+                    if files.is_symlink():
+                        files.unlink()
+                    else:
+                        shutil.rmtree(files)
             start = time.monotonic()
             write_json(path, {"key": key, "finished": False})
             body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
@@ -279,7 +285,7 @@ class Session:
             elif name == "cams":
                 mine = [config.cams, self.key("cacl")]
             elif name == "irn":
-                mine = [config.irn, self.key("cams")]
+                mine = [config.irn, check_backend(run.crf), self.key("cams")]
             elif name == "masks":
                 mine = [config.masks, self.key("irn")]
             else:
@@ -307,10 +313,10 @@ class Session:
     def _score(self, name: str, dataset: Dataset) -> Record:
         """What is evaluated, its mean IoU and that of every class, and the oracle's where there is a score to sweep."""
         masks = name == "masks"
-        score = self.config.masks.background_score if masks else BACKGROUND_SCORE
+        score = round(self.config.masks.background_score, 6) if masks else BACKGROUND_SCORE
         table = self.config.masks if masks else self.config.irn
-        what = {"irn": "CAM + CRF", "masks": "pseudo masks"}.get(name, "CAM")
-        crf = name == "irn" or (masks and table.iterations > 0)
+        crf = name in ("irn", "masks") and table.iterations > 0
+        what = "pseudo masks" if masks else "CAM + CRF" if crf else "CAM"
         record: Record = {"what": what, "background_score": score, "crf": crf}
         folder = self.out / ("masks/walk" if masks else "cams/train")
         if name == "irn" or masks:

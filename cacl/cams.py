@@ -177,6 +177,8 @@ def load_cams(path: Path, num_classes: int) -> ImageCAMs:
         raise InputError(f"{path}: expected classes (C,) and maps (C, h, w), but got {classes.shape} and {maps.shape}")
     if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
         raise InputError(f"{path}: expected classes 0 to {num_classes - 1}, but got {classes.tolist()}")
+    if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):
+        raise InputError(f"{path}: expected maps that are finite and not negative")
     return ImageCAMs(classes.astype(np.int64), maps)
 
 

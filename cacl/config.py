@@ -46,7 +46,7 @@ class Run(Table):
     """Processes that load images, at most one a core; changes nothing in the result."""
     checkpoint_seconds: Weight = 60.0
     crf: Literal["auto", "pydensecrf", "torch"] = "auto"
-    """Backend of the CRFs; ``"auto"`` takes pydensecrf if it is installed. They agree in nearly every pixel."""
+    """Backend of the CRFs; ``"auto"`` takes pydensecrf if it is installed."""
 
 
 class Data(Table):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._checks import InputTypeError, check_choice, check_integer, check_range, expected
+from cacl._checks import InputError, InputTypeError, check_choice, check_integer, check_range, expected
 from cacl._lattice import GaussianFilter
 
 Backend = Literal["auto", "pydensecrf", "torch"]
@@ -84,7 +84,7 @@ class DenseCRF:
         if given.shape[-2:] != size:
             raise expected("probabilities", f"of the image's size {size}", given.shape[-2:])
         low, high = given.min(), given.max()
-        if not (low >= 0 and np.isfinite(high)):
+        if not (low >= 0 and high <= np.finfo(np.float32).max):
             raise expected("probabilities", "finite and not negative", low if not low >= 0 else high)
         sets = given if given.ndim == 4 else given[None]
         present = sets.max((2, 3)) > 0
@@ -96,9 +96,11 @@ class DenseCRF:
         chosen = [np.clip(sets[s][present[s]], _SMALLEST, None).astype(np.float32) for s in open_]
         if iterations == 0:
             found = [values / values.sum(0) for values in chosen]
-        elif len(open_):
-            found = (self._pydensecrf if self.backend == "pydensecrf" else self._torch)(chosen, iterations)
-        for s, values in zip(open_, found if len(open_) else [], strict=True):
+        elif self.backend == "pydensecrf":
+            found = self._pydensecrf(chosen, iterations)
+        else:
+            found = self._torch(chosen, iterations) if chosen else []
+        for s, values in zip(open_, found, strict=True):
             result[s, present[s]] = values
         return result.reshape(given.shape)
 
@@ -125,11 +127,12 @@ class DenseCRF:
         unary = values.log_().t().contiguous()
         ends = np.cumsum([0, *map(len, sets)]).tolist()
         current, energy = _softmax(unary.clone(), ends), torch.empty_like(unary)
-        for _ in range(iterations):
-            energy.copy_(unary)
-            for smooth in self._filters:
-                smooth(current, add_to=energy)
-            current, energy = _softmax(energy, ends), current
+        with torch.autocast(unary.device.type, enabled=False):
+            for _ in range(iterations):
+                energy.copy_(unary)
+                for smooth in self._filters:
+                    smooth(current, add_to=energy)
+                current, energy = _softmax(energy, ends), current
         maps = current.t().cpu().numpy()
         return [maps[i:j].reshape(x.shape) for (i, j), x in zip(pairwise(ends), sets, strict=True)]
 
@@ -142,10 +145,15 @@ class DenseCRF:
         pixels = torch.from_numpy(self.image).to(self.device)
         colours = pixels.view(-1, 3).t().float()
         sxy, srgb, weight = self.bilateral
-        return (
-            GaussianFilter(places / self.gaussian[0], self.gaussian[1]),
-            GaussianFilter(torch.cat((places / sxy, colours / srgb)), weight),
-        )
+        features = {"gaussian": places / self.gaussian[0], "bilateral": torch.cat((places / sxy, colours / srgb))}
+        filters = []
+        for name, strength in (("gaussian", self.gaussian[1]), ("bilateral", weight)):
+            try:
+                filters.append(GaussianFilter(features[name], strength))
+            except InputError:
+                size = f"an image of {width}×{height} pixels"
+                raise expected(name, f"wider for {size} and the backend torch", getattr(self, name)) from None
+        return filters[0], filters[1]
 
 
 def dense_crf(

@@ -53,6 +53,7 @@ class IRNet(nn.Module):
             ``levels(images)`` that gives features of several strides and ``level_channels``, their channels, or one
             ``(B, 3, H, W) -> (B, C, h, w)`` with ``out_channels``, whose only stride is then all there is. Edges want
             fine strides.
+            A module is frozen in place.
         weights: as for :class:`cacl.CAMNet`.
 
     Raises:
@@ -185,13 +186,9 @@ def crf_labels(
     Returns:
         ``(S, H, W)``: 0 or class + 1.
     """
-    classes = np.asarray(classes)
-    if (
-        classes.ndim != 1
-        or classes.dtype.kind not in "iu"
-        or (len(classes) and not 0 <= classes.min() <= classes.max() < 254)
-    ):
-        raise expected("classes", "class indices (C,) from 0 to 253", f"{classes.dtype} {classes.tolist()}")
+    classes = np.asarray(classes) if len(classes) else np.zeros(0, np.int64)
+    if classes.ndim != 1 or classes.dtype.kind not in "iu" or not all(0 <= k < IGNORE - 1 for k in classes.tolist()):
+        raise expected("classes", f"class indices (C,) from 0 to {IGNORE - 2}", f"{classes.dtype} {classes.tolist()}")
     if maps.ndim != 3 or len(maps) != len(classes) or 0 in maps.shape[1:]:
         raise expected("maps", f"one map a class, ({len(classes)}, h, w)", f"shape {maps.shape}")
     if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):
@@ -206,12 +203,12 @@ def crf_labels(
     count = len(classes) + 1
     given = torch.stack([torch.where(largest > score, winner + 1, 0) for score in scores])
     # A label that nobody has before the CRF has none after it either; left out, it costs nothing.
-    present = F.one_hot(given, count).permute(0, 3, 1, 2)
-    shown = present.amax((2, 3), keepdim=True)
+    present = given[:, None] == torch.arange(count)[:, None, None]
+    shown = present.any(3, keepdim=True).any(2, keepdim=True).float()
     others = (1 - confidence) / (shown.sum(1, keepdim=True) - 1).clamp(min=1)
-    probabilities = shown * torch.where(present > 0, confidence, others)
+    probabilities = shown * torch.where(present, confidence, others)
     crf = DenseCRF(image, gaussian=gaussian, bilateral=bilateral, backend=backend, device=device)
-    refined = crf(probabilities.float().numpy(), iterations=iterations).argmax(1)
+    refined = crf(probabilities.numpy(), iterations=iterations).argmax(1)
     refined_labels: NDArray[np.uint8] = np.concatenate(([0], classes + 1)).astype(np.uint8)[refined]
     return refined_labels
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cacl._checks import check_range
+from cacl._checks import InputError, check_range
 from cacl._files import replacing
 from cacl._pool import map_processes
 from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd
@@ -91,7 +93,8 @@ def train_irnet(
     """
     net.train()
     optimizer = sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
-    mined = Dataset(dataset.classes, [e._replace(mask=labels / f"{e.id}.png") for e in dataset.entries])
+    mined = copy.copy(dataset)
+    mined.entries = tuple(entry._replace(mask=labels / f"{entry.id}.png") for entry in dataset.entries)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         assert batch.masks is not None
@@ -163,8 +166,8 @@ def make_masks(
 ) -> None:
     """Write the pseudo masks of every image, ``<id>.png``, a palette image with VOC's colours.
 
-    A pixel is class + 1 or 0, or 255 where it would be foreground at one of the background scores
-    ``background_score ± unsure`` and background at the other.
+    A pixel is what it would be at the background score ``background_score + unsure``, or 255 where it would then be
+    background, but not at ``background_score − unsure``.
 
     Args:
         dataset: the images and their labels.
@@ -264,7 +267,8 @@ class _Mining:
 
     def __call__(self, index: int) -> None:
         photo, cams = _photo(self.dataset, index), _cams(self.dataset, self.cams, index)
-        labels = mine_labels(photo, cams.classes, cams.maps, **self.settings)
+        with _naming(self.dataset, index):
+            labels = mine_labels(photo, cams.classes, cams.maps, **self.settings)
         save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
 
 
@@ -279,8 +283,18 @@ class _Refining:
 
     def __call__(self, index: int) -> NDArray[np.uint8]:
         photo, cams = _photo(self.dataset, index), _cams(self.dataset, self.cams, index)
-        mask: NDArray[np.uint8] = crf_labels(photo, cams.classes, cams.maps, [self.score], **self.settings)[0]
+        with _naming(self.dataset, index):
+            mask: NDArray[np.uint8] = crf_labels(photo, cams.classes, cams.maps, [self.score], **self.settings)[0]
         return mask
+
+
+@contextmanager
+def _naming(dataset: Dataset, index: int) -> Iterator[None]:
+    """Say which image it was."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{dataset.entries[index].image}: {error}") from None
 
 
 def _photo(dataset: Dataset, index: int) -> NDArray[np.uint8]:

@@ -38,7 +38,7 @@ def propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.
 
     Returns:
         ``(C, h, w)`` of the type of ``cams``; computed in float32, or in float64 if ``cams`` are. Every value lies
-        within the range that its class's seeds have.
+        within the range that its class's seeds · (1 − edge) have.
 
     Raises:
         ValueError: if the shapes or devices differ, an edge lies outside [0, 1], a seed is not finite, or ``radius``,

@@ -198,7 +198,10 @@ NAN = np.full((2, 8, 9), np.nan)
         ({"bilateral": (50.0, -5.0, 10.0)}, "`bilateral` to be a number in"),
         ({"gaussian": 3.0}, "`gaussian` to be 2 numbers, the weight last, but got 3.0"),
         ({"gaussian": (3.0, float("inf"))}, "`gaussian` to be a number in"),
-        ({"bilateral": (50.0, 1e-4, 10.0), "backend": "torch"}, "standard deviations of a filter are too small"),
+        (
+            {"bilateral": (50.0, 1e-4, 10.0), "backend": "torch"},
+            "`bilateral` to be wider for an image of 9×8 pixels and the backend torch",
+        ),
         ({"bilateral": (50.0, 10.0)}, "`bilateral` to be 3 numbers, the weight last"),
         ({"backend": "numpy"}, '`backend` to be one of "auto", "pydensecrf", "torch", but got \'numpy\''),
     ],
@@ -216,6 +219,13 @@ def test_without_pydensecrf(monkeypatch):
     assert dense_crf(picture(8, 9), given(2, 8, 9)).shape == (2, 8, 9)
     with pytest.raises(ImportError, match=r"pip install pydensecrf2 .*or take the backend torch"):
         dense_crf(picture(8, 9), given(2, 8, 9), backend="pydensecrf")
+
+
+def test_autocast_changes_nothing(backend):
+    image, probabilities = picture(20, 24), given(2, 20, 24)
+    wanted = dense_crf(image, probabilities, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(dense_crf(image, probabilities, backend=backend), wanted)
 
 
 def test_the_benchmark_runs_and_writes_its_numbers(tmp_path):

@@ -212,3 +212,24 @@ def test_settings_of_masks_out_of_range_are_named(dataset, cams, tmp_path, name,
 def test_settings_of_the_walk_out_of_range_are_named(dataset, cams, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         walk_cams(net(), dataset, cams, tmp_path / "walk", **{name: value})
+
+
+def test_what_is_wrong_with_an_image_names_it(dataset, cams, tmp_path):
+    maps = np.full((1, 12, 16), np.nan, np.float16)
+    save_cams(cams / "4.npz", ImageCAMs(np.array([1]), maps))
+    with pytest.raises(ValueError, match=r"cams/4.npz: expected maps that are finite and not negative$"):
+        make_labels(dataset, cams, tmp_path / "labels")
+    with pytest.raises(
+        ValueError, match=r"images/0.png: Expected argument `bilateral` to be wider for an image of 64×48"
+    ):
+        make_labels(dataset, cams, tmp_path / "labels", crf={"bilateral": (1e-4, 1e-4, 1.0), "backend": "torch"})
+
+
+def test_own_reading_of_images_is_used(dataset, cams, tmp_path):
+    class Own(Dataset):
+        def image(self, index):
+            return dataset.image(int(self.entries[index].id))
+
+    own = Own(dataset.classes, [entry._replace(image=tmp_path / "nowhere") for entry in dataset.entries])
+    make_labels(own, cams, tmp_path / "labels")
+    train(net(), own, tmp_path / "labels", epochs=1)

@@ -129,7 +129,7 @@ def test_finished_stages_are_skipped_until_something_changes(root, tmp_path):
     assert stages_of("cams.flip=false") == ["irn"]
     assert files(out)["cams/train/0.npz"] != before["cams/train/0.npz"]
     assert stages_of("cacl.alpha=10") == ["cacl", "irn"]
-    assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1", "run.crf=torch") == []
+    assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1") == []
     assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn"]
     assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl", "irn"]
     (root / "images/0.png").write_bytes((root / "images/1.png").read_bytes())
@@ -285,7 +285,10 @@ def test_clip_from_a_checkpoint(root, tmp_path, clip_state):
         (["warmup.scale=[2.0,1.0]"], r"Expected argument `scale\[1\]` to be a number in \[2, 100\], but got 1.0"),
         (["cacl.template=4"], r"Expected argument `template` to be in \[0, 3\], but got 4"),
         (["backgrounds.file=none.json"], "none.json: "),
-        (["irn.foreground_score=0.05"], "`background_score` to be a number in .0, 0.05., but got 0.1"),
+        (
+            ["irn.foreground_score=0.05"],
+            r"\[irn\] background_score: expected at most foreground_score 0.05, but got 0.1",
+        ),
         (["irn.bilateral=[50.0, 0.0, 10.0]"], r"\[irn\] bilateral.1: input should be greater than 0, but got 0.0"),
     ],
 )
@@ -373,3 +376,20 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < peaks[0] + 30, f"MiB at 250 and 2 500 images: {peaks}"
+
+
+def test_another_backend_of_the_crf_does_its_stages_again(root, tmp_path):
+    pytest.importorskip("pydensecrf.densecrf")
+    seen = []
+    for backend in ("auto", "pydensecrf", "torch"):
+        run(root, tmp_path / "out", f"run.crf={backend}", callback=lambda record: seen.append(record["stage"]))
+    assert [seen.count(stage) for stage in ("warmup", "cacl", "irn")] == [4, 4, 8]
+
+
+def test_stages_without_a_crf_and_with_any_score(root, tmp_path):
+    settings = ["irn.iterations=0", "masks.iterations=0", f"masks.background_score={0.1 + 0.2!r}"]
+    result = run(root, tmp_path / "out", *settings)
+    assert [result.metrics[stage]["crf"] for stage in ("irn", "masks")] == [False, False]
+    assert result.metrics["irn"]["miou"] == pytest.approx(result.metrics["cams"]["miou"], abs=1e-6)
+    assert result.metrics["masks"]["miou"] == pytest.approx(result.metrics["masks"]["walk"]["miou"], abs=1e-6)
+    assert result.metrics["masks"]["background_score"] == 0.3
