@@ -60,8 +60,9 @@ def steps(device: str) -> dict[str, Callable[[], Callable[[Photo], object]]]:
         net = IRNet(weights=None).to(device).train()
 
         def step(photo: Photo) -> None:
-            edges, displacements = net(F.interpolate(input_of(photo).to(device), (512, 512)))
-            target = torch.arange(512, device=device).div(200, rounding_mode="floor").expand(1, 512, 512)
+            side = 512 if max(photo.shape[:2]) > 32 else 32  # not yet for the image that loads the libraries
+            edges, displacements = net(F.interpolate(input_of(photo).to(device), (side, side)))
+            target = torch.arange(side, device=device).div(200, rounding_mode="floor").expand(1, side, side)
             affinity_loss(edges, displacements, target).total.backward()
 
         return step
