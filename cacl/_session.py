@@ -46,6 +46,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 STAGES = ("warmup", "cacl", "cams", "irn", "masks", "report")
 """The stages in their order; each builds on the one before it."""
+_FILES = ("train", "labels", "walk")
+"""The folders in a stage's folder that hold a file an image."""
 _SCORED_ON = {"warmup": "eval", "cacl": "eval", "cams": "train", "irn": "train", "masks": "train"}
 """Stage -> the key of ``[data]`` that names the split its result is scored on; other stages have no score."""
 
@@ -256,10 +258,10 @@ class Session:
                     (self.out / later / "stage.json").unlink(missing_ok=True)
                     self.keep_metrics(later, None)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
-                for files in folder.glob("*/"):
+                for files in (folder / name for name in _FILES):
                     if files.is_symlink():
                         files.unlink()
-                    else:
+                    elif files.is_dir():
                         shutil.rmtree(files)
             start = time.monotonic()
             write_json(path, {"key": key, "finished": False})
