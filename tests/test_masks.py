@@ -232,4 +232,4 @@ def test_own_reading_of_images_is_used(dataset, cams, tmp_path):
 
     own = Own(dataset.classes, [entry._replace(image=tmp_path / "nowhere") for entry in dataset.entries])
     make_labels(own, cams, tmp_path / "labels")
-    train(net(), own, tmp_path / "labels", epochs=1)
+    assert len(train(net(), own, tmp_path / "labels", epochs=1)) == 3
