@@ -146,12 +146,16 @@ def make_cams(
         keep: leave out images that have a file already.
         progress: show a progress bar where there is a terminal.
     """
-    paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
-    wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
     for index, cams in predict_cams(
-        net, dataset, wanted, scales=scales, flip=flip, device=device, workers=workers, progress=progress
-    ):
-        save_cams(paths[index], cams)
+        net, dataset, to_make(dataset, out, ".npz", keep=keep),
+        scales=scales, flip=flip, device=device, workers=workers, progress=progress,
+    ):  # fmt: skip
+        save_cams(out / f"{dataset.entries[index].id}.npz", cams)
+
+
+def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:
+    """The indices of the images, but for those that have a file in ``out`` which is kept."""
+    return [i for i, entry in enumerate(dataset.entries) if not (keep and (out / f"{entry.id}{ending}").is_file())]
 
 
 def save_cams(path: Path, cams: ImageCAMs) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cacl._backbones import named_backbone
 from cacl._checks import InputError, InputTypeError, check_positive, check_range, check_tensor, expected, shape
+from cacl.camnet import evaluating
 from cacl.crf import Backend, DenseCRF
 from cacl.metrics import IGNORE
 from cacl.random_walk import Offset, along_paths
@@ -102,12 +103,8 @@ class IRNet(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> edge probabilities ``(B, h, w)`` float32, of the mean with the mirror image."""
         check_tensor("images", images, "(B, 3, H, W)")
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             straight, mirrored = self(torch.cat((images, images.flip(-1)))).edges[:, 0].float().chunk(2)
-        finally:
-            self.train(training)
         edges: Tensor = ((straight + mirrored.flip(-1)) / 2).sigmoid()
         return edges
 

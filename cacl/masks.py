@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cacl._checks import InputError, check_range
 from cacl._files import replacing
 from cacl._pool import map_processes
-from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd
+from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd, to_make
 from cacl.datasets import Dataset
 from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
 from cacl.metrics import ConfusionMatrix
@@ -59,7 +59,7 @@ def make_labels(
     Raises:
         ValueError: if a file of CAMs is missing or broken, or a setting is wrong.
     """
-    wanted = [i for i, entry in enumerate(dataset.entries) if not (keep and (out / f"{entry.id}.png").is_file())]
+    wanted = to_make(dataset, out, ".png", keep=keep)
     scores = {"foreground_score": foreground_score, "background_score": background_score}
     task = _Mining(dataset, cams, out, {**scores, **(crf or {})})
     for _ in _watched(task, wanted, workers, title, progress):
@@ -142,14 +142,14 @@ def walk_cams(
         ValueError: if a file of CAMs is missing or broken, or a setting is wrong.
     """
     check_range("power", power, 0.01, 100)
-    paths = [out / f"{entry.id}.npz" for entry in dataset.entries]
-    wanted = [i for i, path in enumerate(paths) if not (keep and path.is_file())]
+    wanted = to_make(dataset, out, ".npz", keep=keep)
     images = load_images(dataset, wanted, workers)
     bar = tqdm(images, total=len(wanted), desc="random walk", unit="image", disable=None if progress else True)
     for index, image in bar:
         seeds = _cams(dataset, cams, index)
         edges = net.predict(image[None].to(device, memory_format=torch.channels_last))[0]
-        save_cams(paths[index], walk(seeds, edges, power=power, radius=radius, beta=beta, steps=steps))
+        walked = walk(seeds, edges, power=power, radius=radius, beta=beta, steps=steps)
+        save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 
 def make_masks(
