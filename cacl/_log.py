@@ -1,13 +1,15 @@
-"""``log.jsonl``: what a run measured while it trained."""
+"""``log.jsonl`` and ``times.json``: what a run measured while it trained, and what each stage cost."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cacl._files import write_text
+from cacl._files import read_json, write_json, write_text
 
 Record = dict[str, Any]
 Callback = Callable[[Record], None]
@@ -46,3 +48,37 @@ class Log:
 
     def _text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+
+
+@contextmanager
+def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float]]:
+    """Add up in ``path`` the seconds that a stage takes over all its stops, and this process's peak memory in it.
+
+    Args:
+        path: ``times.json``: stage -> ``seconds``, and ``memory_mb`` where the system says it.
+        stage: the stage.
+        again: begin at 0.
+
+    Yields:
+        The stage's entry, which is up to date when the block has ended.
+    """
+    cost: dict[str, float] = {"seconds": 0.0} if again else {"seconds": 0.0, **read_json(path).get(stage, {})}
+    start = time.monotonic()
+    with suppress(OSError):  # Linux only; the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")
+    try:
+        yield cost
+    finally:
+        cost["seconds"] = round(cost["seconds"] + time.monotonic() - start, 2)
+        if (peak := _peak_mb()) is not None:
+            cost["memory_mb"] = max(peak, cost.get("memory_mb", 0.0))
+        write_json(path, {**read_json(path), stage: cost})
+
+
+def _peak_mb() -> float | None:
+    """The most memory that this process has held at once, in MB; None where the system does not say it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    return None

@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import current_process, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
@@ -29,7 +29,7 @@ _AHEAD = 2  # items in flight a worker: one that it works on, one that waits for
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
-def map_processes(function: Callable[[T], R], items: Sequence[T], *, workers: int) -> Iterator[R]:
+def map_processes(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """``function(item)`` of every item, in the order of the items, worked out by several processes.
 
     The processes are new ones (no fork, which is unsafe once torch's threads have run) with one thread each. Only a few
@@ -38,7 +38,7 @@ def map_processes(function: Callable[[T], R], items: Sequence[T], *, workers: in
 
     Args:
         function: something that can be pickled, as can the items and the results; it is sent once to each worker.
-        items: what it is called with.
+        items: what it is called with; what makes them is asked for one as late as possible.
         workers: number of processes; with 0 or 1, or one item, everything happens in this process.
 
     Raises:
@@ -47,17 +47,22 @@ def map_processes(function: Callable[[T], R], items: Sequence[T], *, workers: in
         ChildProcessError: if a worker process dies.
     """
     check_integer("workers", workers, 0)
-    workers = min(workers, len(items)) if not current_process().daemon else 0  # a daemon may have no children
+    if isinstance(items, Sized):
+        workers = min(workers, len(items))
+    if current_process().daemon:  # which may have no children
+        workers = 0
     return map(function, items) if workers <= 1 else _map(function, items, workers)
 
 
-def _map(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
+def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    rest = iter(items)
+    first = list(islice(rest, 1))
     task = pickle.dumps(function)
-    needs_main = b"__main__" in task or b"__main__" in pickle.dumps(items[0])
+    needs_main = b"__main__" in task or b"__main__" in pickle.dumps(first)
     context = _Context(needs_main)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(task,))
     flying: deque[Future[R]] = deque()
-    rest = iter(items)
+    rest = chain(first, rest)
     try:
         flying.extend(pool.submit(_call, item) for item in islice(rest, _AHEAD * workers))
         while flying:
@@ -148,8 +153,8 @@ def _end_with_parent() -> None:
 
 
 def _call(item: Any) -> Any:
-    global _function
+    global _function, _task
     if _function is None:  # here and not in `_prepare`, so that an error reaches the caller
         assert _task is not None
-        _function = pickle.loads(_task)
+        _function, _task = pickle.loads(_task), None
     return _function(item)

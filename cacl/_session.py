@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,26 +15,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from cacl import scenes
-from cacl._checks import InputError, first_line
+from cacl._checks import InputError
+from cacl._device import find_device
 from cacl._files import load_state, load_weights, read_json, write_json, write_text
-from cacl._log import Callback, Log, Record
+from cacl._log import Callback, Log, Record, measured
+from cacl._scores import SCORED_ON, describe, score
 from cacl.camnet import CAMNet
-from cacl.cams import evaluate_cams
 from cacl.config import Config, Refined, Training
 from cacl.crf import check_backend
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset, check, open_dataset
+from cacl.deeplab import DeepLabV2
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.irn import IRNet
 from cacl.losses import BGSuppressionLoss
-from cacl.masks import evaluate_refined
-from cacl.metrics import BACKGROUND_SCORE, SCORES
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.training import Loop
 from cacl.transforms import RandomView
@@ -44,12 +41,10 @@ logger = logging.getLogger("cacl")
 
 Network = TypeVar("Network", bound=nn.Module)
 
-STAGES = ("warmup", "cacl", "cams", "irn", "masks", "report")
+STAGES = ("warmup", "cacl", "cams", "irn", "masks", "segment", "predict", "report")
 """The stages in their order; each builds on the one before it."""
-_FILES = ("train", "labels", "walk")
+_FILES = ("train", "labels", "walk", "eval")
 """The folders in a stage's folder that hold a file an image."""
-_SCORED_ON = {"warmup": "eval", "cacl": "eval", "cams": "train", "irn": "train", "masks": "train"}
-"""Stage -> the key of ``[data]`` that names the split its result is scored on; other stages have no score."""
 
 
 @dataclass
@@ -68,16 +63,7 @@ class Session:
 
     @cached_property
     def device(self) -> torch.device:
-        name = self.config.run.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = first_line(error)
-            raise InputError(f"[run] device: expected a device of this machine, but got {name!r}: {reason}") from None
-        return device
+        return find_device(self.config.run.device, "[run] device")
 
     @property
     def workers(self) -> int:
@@ -108,10 +94,20 @@ class Session:
         dataset = self.open(self.config.data.eval)
         return dataset if any(entry.mask for entry in dataset.entries) else None
 
+    @property
+    def segmented_split(self) -> str:
+        """The split that the segmenter makes masks for; empty for none."""
+        return self.config.predict.split or self.config.data.eval
+
+    @cached_property
+    def segmented(self) -> Dataset | None:
+        """The images of :attr:`segmented_split`, with masks or without."""
+        return self.open(self.segmented_split) if self.segmented_split else None
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of the data sets, with their masks, as this run found them."""
-        datasets = {"train": self.train, "eval": self.eval}
+        datasets = {"train": self.train, "eval": self.eval, "segmented": self.segmented}
         return {name: dataset.fingerprint(masks=True) for name, dataset in datasets.items() if dataset is not None}
 
     @cached_property
@@ -136,18 +132,43 @@ class Session:
         return self._network(IRNet, stage)
 
     def _network(self, make: Callable[..., Network], stage: str | None) -> Network:
-        table = self.config.camnet
+        path = self.out / (stage or "") / "model.pt"
+        return self._made(make, load_state(path) if stage else None, path)
+
+    def _made(
+        self,
+        make: Callable[..., Network],
+        state: dict[str, Any] | None,
+        path: Path,
+        *,
+        backbone: str | nn.Module | None = None,
+        weights: str = "",
+    ) -> Network:
+        """A network on the device, with a backbone of its own or that of ``[camnet]``, and with ``state`` from a file
+        or else with the weights that it starts from."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.run.seed)  # torch.manual_seed would seed the GPUs too
-            backbone: str | nn.Module = table.backbone
-            if self.given_backbone is not None:
-                backbone = copy.deepcopy(self.given_backbone)
-            pretrained = table.weights if stage is None else ""
-            net = make(backbone=backbone, weights=pretrained or None)
-        if stage is not None:
-            path = self.out / stage / "model.pt"
-            load_weights(net, load_state(path), path)
+            if backbone is None:
+                given = self.given_backbone
+                backbone = self.config.camnet.backbone if given is None else copy.deepcopy(given)
+                weights = self.config.camnet.weights
+            net = make(backbone=backbone, weights=weights if weights and state is None else None)
+        if state is not None:
+            load_weights(net, state, path)
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def segmenter(self, *, trained: bool = False) -> DeepLabV2:
+        """DeepLabV2 with the weights that it starts from, or with those of the stage ``segment``."""
+        table = self.config.segment
+        of_cacl = table.weights == "cacl"
+        own = {"backbone": table.backbone, "weights": "" if of_cacl else table.weights} if table.backbone else {}
+        make = partial(DeepLabV2, len(self.train.classes) + 1, freeze_batch_norm=table.freeze_batch_norm)
+        path = self.out / "segment" / "model.pt"
+        net = self._made(make, load_state(path)["weights"] if trained else None, path, **own)
+        if of_cacl and not trained:
+            trunk = self.net("cacl" if self.finished("cacl") else None).backbone  # untrained, it shows whether it fits
+            load_weights(net.backbone, trunk.state_dict(), "[segment] weights: the backbone of [camnet]")
+        return net
 
     @cached_property
     def backgrounds(self) -> BackgroundSet | None:
@@ -214,23 +235,26 @@ class Session:
             if name in stages and before not in stages and not self.finished(before):
                 raise InputError(f"{self.out}: the stage {before!r} has not finished with these settings; run it first")
         # What is wrong with a setting shows now: not after the warm-up, and not when files have been replaced.
-        for table in (self.config.warmup, self.config.cacl, self.config.irn):
+        for table in (self.config.warmup, self.config.cacl, self.config.irn, self.config.segment):
             self.loop(table)
         if "warmup" in stages and not self.finished("warmup"):
             self.net()
         if "cacl" in stages and not self.finished("cacl"):
             _ = self.criterion
-        if not {"irn", "masks", "report"}.isdisjoint(stages):
+        if not {"irn", "masks", "predict", "report"}.isdisjoint(stages):
             check_backend(self.config.run.crf)
             low, high = self.config.irn.background_score, self.config.irn.foreground_score
             if low > high:
                 raise InputError(f"[irn] background_score: expected at most foreground_score {high}, but got {low}")
         if "irn" in stages and not self.finished("irn"):
             self.irnet()
+        if "segment" in stages and not self.finished("segment"):
+            self.segmenter()
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
-            datasets = [dataset for dataset in (self.train, self.eval) if dataset is not None]
-            problems = [line for dataset in datasets for line in check(dataset, progress=True)]
+            splits = {self.config.data.train: self.train, self.config.data.eval: self.eval}
+            splits[self.segmented_split] = self.segmented
+            problems = [line for data in splits.values() if data is not None for line in check(data, progress=True)]
             if problems:
                 raise InputError("\n".join(dict.fromkeys(problems)))
         try:
@@ -263,12 +287,12 @@ class Session:
                         files.unlink()
                     elif files.is_dir():
                         shutil.rmtree(files)
-            start = time.monotonic()
             write_json(path, {"key": key, "finished": False})
-            body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
+            with measured(self.out / "times.json", name, again=not same) as cost:
+                body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
             write_json(path, {"key": key, "finished": True})
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-            logger.info("%s: finished in %.0f s", name, time.monotonic() - start)
+            logger.info("%s: finished in %.0f s", name, cost["seconds"])
         self.evaluate(name)
 
     def key(self, name: str) -> str:
@@ -290,8 +314,14 @@ class Session:
                 mine = [config.irn, check_backend(run.crf), self.key("cams")]
             elif name == "masks":
                 mine = [config.masks, self.key("irn")]
+            elif name == "segment":
+                own = config.segment.backbone or [config.camnet, _identity(self.given_backbone)]
+                mine = [config.segment, own, self.key("masks")]
+            elif name == "predict":
+                photos = self.segmented and self.segmented.fingerprint()
+                mine = [config.predict.model_copy(update={"split": ""}), photos, self.key("segment")]
             else:
-                mine = [config.report, self.key("masks"), self.fingerprints]
+                mine = [config.report, self.key("predict"), self.fingerprints]
             self.keys[name] = _hash(*common, *mine)
         return self.keys[name]
 
@@ -300,40 +330,18 @@ class Session:
 
     def evaluate(self, name: str) -> None:
         """Mean IoU of what a finished stage gives: on the split to evaluate, or of the training images."""
-        role = _SCORED_ON.get(name)
+        role = SCORED_ON.get(name)
         dataset: Dataset | None = getattr(self, role) if role else None
         if role is None or dataset is None or not any(entry.mask for entry in dataset.entries):
             return
-        split = getattr(self.config.data, role)
-        key = _hash(self.key(name), self.config.cams, split, self.fingerprints[role])
+        split = self.segmented_split if role == "segmented" else getattr(self.config.data, role)
+        settings = self.config.predict.longest if role == "segmented" else self.config.cams
+        key = _hash(self.key(name), settings, split, self.fingerprints[role])
         if self.metrics.get(name, {}).get("key") == key:
             return
-        metrics = {**self._score(name, dataset), "split": split, "key": key}
+        metrics = {**score(self, name, dataset), "split": split, "key": key}
         self.keep_metrics(name, metrics)
         logger.info("%s", describe(name, metrics))
-
-    def _score(self, name: str, dataset: Dataset) -> Record:
-        """What is evaluated, its mean IoU and that of every class, and the oracle's where there is a score to sweep."""
-        masks = name == "masks"
-        score = round(self.config.masks.background_score, 6) if masks else BACKGROUND_SCORE
-        table = self.config.masks if masks else self.config.irn
-        crf = name in ("irn", "masks") and table.iterations > 0
-        what = "pseudo masks" if masks else "CAM + CRF" if crf else "CAM"
-        record: Record = {"what": what, "background_score": score, "crf": crf}
-        folder = self.out / ("masks/walk" if masks else "cams/train")
-        if name == "irn" or masks:
-            matrix, images = evaluate_refined(dataset, folder, background_score=score, **self.crf(table))
-            record |= {"images": images, **_iou(matrix.iou, dataset.classes)}
-            if name == "irn":
-                return record
-        source = folder if masks or name == "cams" else self.net(name)
-        sweep = evaluate_cams(source, dataset, scores=sorted({*SCORES, score}), **self.inference)
-        best, miou = sweep.oracle
-        oracle = {"background_score": best, "miou": round(miou, 6)}
-        alone = _iou(sweep.iou[sweep.scores.index(score)], dataset.classes)
-        if masks:
-            return {**record, "walk": {"miou": alone["miou"], "oracle": oracle}}
-        return {**record, "images": sweep.images, **alone, "oracle": oracle}
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -350,25 +358,6 @@ class Session:
 
 Body = Callable[[Session, Path, dict[str, Any]], None]
 """What a stage does: session, the stage's folder, and the arguments that every training loop takes."""
-
-
-def describe(name: str, metrics: Record) -> str:
-    """One evaluation in one line, with everything that a mean IoU needs beside it."""
-    line = (
-        f"{name}: {metrics['what']} mIoU {100 * metrics['miou']:.1f} % ({metrics['split']}, {metrics['images']} "
-        f"images, background score {metrics['background_score']}, {'CRF' if metrics['crf'] else 'no CRF'}"
-    )
-    walk = metrics.get("walk", {})
-    if walk:
-        line += f"; the random walk alone {100 * walk['miou']:.1f} %"
-    if oracle := metrics.get("oracle", walk.get("oracle")):
-        line += f"; oracle {100 * oracle['miou']:.1f} % at {oracle['background_score']}"
-    return line + ")"
-
-
-def _iou(values: NDArray[np.float64], classes: Sequence[str]) -> Record:
-    named = zip(("background", *classes), values.tolist(), strict=True)
-    return {"miou": round(float(np.nanmean(values)), 6), "iou": {k: round(v, 6) for k, v in named if v == v}}
 
 
 def _hash(*parts: object) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``cacl run``, ``check``, ``ablate``; errors of the user's making are one line and exit code 2."""
+"""The command line, ``cacl run`` and the others; errors of the user's making are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -48,6 +48,51 @@ def _run(options: argparse.Namespace) -> int:
     result = pipeline.run(config, stages=stages, resume=not options.restart)
     print(result.summary())
     print(f"run folder: {result.out}")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from cacl.predict import predict
+
+    made = predict(
+        options.model,
+        options.photos,
+        options.out,
+        overlays=options.overlay,
+        crf=not options.no_crf,
+        longest=options.longest,
+        device=options.device,
+        workers=options.workers,
+    )
+    for problem in made.problems:
+        print(f"cacl: {problem}", file=sys.stderr)
+    print("mask values: 0 background, " + ", ".join(f"{k} {name}" for k, name in enumerate(made.classes, start=1)))
+    count = len(made.masks)
+    print(f"{count} mask{'' if count == 1 else 's'} in {options.out}, {len(made.problems)} left out")
+    return 2 if made.problems else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from cacl.report import report
+
+    print(f"report: {report(options.run, options.out, ablation=options.ablation)}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from cacl.export import export_segmenter
+    from cacl.predict import open_model
+
+    print(f"segmenter: {export_segmenter(open_model(options.model)[0], Path(options.out))}")
+    return 0
+
+
+def _export_voc(options: argparse.Namespace) -> int:
+    from cacl.voc_archive import export_voc
+
+    root, out = Path(options.root), Path(options.out)
+    path = export_voc(Path(options.masks), root, out, split=options.split, competition=options.competition)
+    print(f"archive: {path}")
     return 0
 
 
@@ -109,6 +154,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("path", metavar="PATH", help="a data set's folder, or a configuration")
     check.set_defaults(command=_check)
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or the segment/model.pt of one")
+    predict = commands.add_parser(
+        "predict",
+        parents=[model],
+        help="masks for photos",
+        description="Write a palette PNG for every photo, by a trained segmenter.",
+    )
+    predict.add_argument("photos", nargs="+", metavar="PHOTOS", help="files and folders")
+    predict.add_argument("--out", required=True, metavar="DIR", help="folder of the masks")
+    predict.add_argument("--overlay", action="store_true", help="also draw the masks over the photos, with a legend")
+    predict.add_argument("--no-crf", action="store_true", help="the network's output as it is: faster")
+    predict.add_argument(
+        "--longest", type=int, metavar="N", help="scale larger photos down to N pixels (default: 1024)"
+    )
+    predict.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one)")
+    predict.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    predict.set_defaults(command=_predict)
+
+    report = commands.add_parser("report", help="one HTML file about a run", description="Write the report of a run.")
+    report.add_argument("run", metavar="RUN", help="the run folder")
+    report.add_argument("--out", metavar="PATH", help="an HTML file or a folder (default: RUN/report)")
+    report.add_argument("--ablation", metavar="DIR", help="folder of `cacl ablate` (default: RUN-ablation)")
+    report.set_defaults(command=_report)
+
+    export = commands.add_parser(
+        "export",
+        parents=[model],
+        help="the segmenter as one file",
+        description="Write a segmenter for use without this package.",
+    )
+    export.add_argument("--out", required=True, metavar="FILE", help="a .pt2 (torch.export) or .onnx file")
+    export.set_defaults(command=_export)
+
+    voc = commands.add_parser(
+        "export-voc", help="the archive for VOC's server", description="Check masks and pack them for VOC's server."
+    )
+    voc.add_argument("masks", metavar="MASKS", help="folder of palette PNGs, such as `cacl predict` makes")
+    voc.add_argument("--root", required=True, metavar="DIR", help="the folder VOC2012")
+    voc.add_argument("--out", required=True, metavar="FILE", help="a .tgz or .tar.gz file")
+    voc.add_argument("--split", default="test", help="(default: test)")
+    voc.add_argument("--competition", default="comp6", help="comp5 for VOC's own data only (default: comp6)")
+    voc.set_defaults(command=_export_voc)
     for command in (run, ablate, check):
         command.add_argument(
             "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"

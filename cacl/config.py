@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cacl._checks import InputError, did_you_mean
 from cacl.prompts import DEFAULT_TEMPLATES
@@ -189,6 +189,55 @@ class Masks(Refined):
     steps: Count = 256
 
 
+class Segment(Training):
+    """``[segment]``: DeepLabV2 on the pseudo masks.
+
+    ``preset`` gives the values of the keys that are not given themselves: ``"deeplab"`` those of the public recipe
+    (20 000 iterations on VOC's 10 582 images), ``"paper"`` those of CA-CL (40 000 iterations).
+    """
+
+    preset: Literal["deeplab", "paper"] = "deeplab"
+    backbone: str = "resnet101"
+    """A torchvision ResNet or ``"scenes"``; empty for that of ``[camnet]``, or the one that was passed in."""
+    weights: str = "DEFAULT"
+    """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
+    epochs: Weight
+    batch_size: Positive = 10
+    lr: Weight
+    """Of the trunk."""
+    head_factor: Weight = 10.0
+    """The head's weights learn at this times ``lr``, its biases at twice that."""
+    freeze_batch_norm: Switch = True
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
+    weight_decay: Weight = 5e-4
+    schedule: Literal["cosine", "poly", "constant"] = "poly"
+    crop: Annotated[int, Field(ge=16, strict=True)] = 321
+    scale: tuple[Weight, Weight] = (0.78, 2.34)
+    """The range of the longer side over ``crop``: half to three halves of a photo of 500 pixels."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        return {**_SEGMENT["paper" if preset == "paper" else "deeplab"], **given}
+
+
+_SEGMENT = {"deeplab": {"epochs": 18.9, "lr": 2.5e-4}, "paper": {"epochs": 37.8, "lr": 0.005}}
+
+
+class Predict(Refined):
+    """``[predict]``: masks by the segmenter."""
+
+    split: str = ""
+    """Split that masks are made for; empty for that of ``[data] eval``."""
+    longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
+    """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
+    gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
+    bilateral: tuple[Sigma, Sigma, Weight] = (67.0, 3.0, 4.0)
+
+
 class Report(Table):
     """``[report]``: what is shown at the end."""
 
@@ -210,6 +259,8 @@ class Config(Table):
     cams: CAMs = CAMs()
     irn: IRN = IRN()
     masks: Masks = Masks()
+    segment: Segment = Field(default_factory=lambda: Segment.model_validate({}))
+    predict: Predict = Predict()
     report: Report = Report()
 
     @classmethod

@@ -23,6 +23,9 @@ def palette(size: int = 256) -> Pixels:
     return colours
 
 
+_COLOURS = palette()
+
+
 def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
     """The largest of ``(C, H, W)`` CAMs in [0, 1], from blue over green to red, over an ``(H, W, 3)`` photo."""
     heat = maps.max(0, initial=0.0)[..., None]
@@ -37,6 +40,42 @@ def overlay(photo: Pixels, mask: NDArray[np.integer]) -> Pixels:
     colours[IGNORE] = 255
     shown = np.where(mask[..., None] > 0, 0.35 * photo + 0.65 * colours[mask], 0.35 * photo)
     return shown.astype(np.uint8)
+
+
+def legend(picture: Pixels, mask: NDArray[np.integer], classes: Sequence[str]) -> Image.Image:
+    """An :func:`overlay` with the classes of its mask, named, in a strip below; a small picture is made larger."""
+    shown = _enlarged(picture)
+    measure = ImageDraw.Draw(shown)
+    entries = [(classes[k - 1], k) for k in np.unique(mask).tolist() if 0 < k <= len(classes)]
+    places, left, line, height = [], _PAD, 0, 20
+    for name, k in entries:
+        width = round(measure.textlength(name)) + 2 * _PAD + 12
+        if left > _PAD and left + width > shown.width:
+            left, line = _PAD, line + 1
+        places.append((left, shown.height + line * height + 4, name, k))
+        left += width
+    result = Image.new("RGB", (shown.width, shown.height + (line + 1) * height), "white")
+    result.paste(shown)
+    pen = ImageDraw.Draw(result)
+    for x, y, name, k in places:
+        pen.rectangle((x, y, x + 11, y + 11), fill=tuple(_COLOURS[k].tolist()))
+        pen.text((x + 16, y), name, fill="black")
+    if not entries:
+        pen.text((_PAD, shown.height + 4), "background only", fill=(90, 90, 90))
+    return result
+
+
+_PAD = 6
+
+
+def _enlarged(picture: Pixels, least: int = 240) -> Image.Image:
+    image = Image.fromarray(picture)
+    if image.width >= least:
+        return image
+    scale = -(-least // image.width)
+    longest = 16 * least  # a strip of one pixel's width is not made any longer than this
+    size = (image.width * scale, max(1, min(image.height * scale, max(longest, image.height))))
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def threshold(

@@ -8,22 +8,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import nn
 
 from cacl._checks import check_choice
-from cacl._files import read_json, replacing, save_state
+from cacl._files import read_json, save_state
 from cacl._log import Callback
-from cacl._session import STAGES, Body, Session, describe
-from cacl.cams import load_cams, make_cams, predict_cams, train_cacl, train_classifier
+from cacl._scores import describe
+from cacl._session import STAGES, Body, Session
+from cacl.cams import make_cams, train_cacl, train_classifier
 from cacl.config import Config
-from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
-from cacl.images import read_mask
-from cacl.masks import make_labels, make_masks, refine_cams, train_irnet, walk_cams
-from cacl.metrics import BACKGROUND_SCORE
-from cacl.pictures import Pixels, heatmap, overlay, sheet, threshold
+from cacl.masks import make_labels, make_masks, train_irnet, walk_cams
+from cacl.report import write_report
+from cacl.segment import make_predictions, save_segmenter, train_segmenter
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,17 @@ class Result:
         """The pictures that the run has made."""
         return sorted((self.out / "report").glob("*.png"))
 
+    @property
+    def report(self) -> Path | None:
+        """The report, if it was made."""
+        path = self.out / "report" / "index.html"
+        return path if path.is_file() else None
+
     def summary(self) -> str:
         """A line for each evaluation, and where the pictures are."""
         lines = [describe(name, metrics) for name, metrics in self.metrics.items()]
-        return "\n".join([*lines, *(f"picture: {path}" for path in self.pictures)])
+        lines += [f"picture: {path}" for path in self.pictures]
+        return "\n".join([*lines, *([f"report: {self.report}"] if self.report else [])])
 
 
 def run(
@@ -55,7 +59,8 @@ def run(
     resume: bool = True,
     callback: Callback | None = None,
 ) -> Result:
-    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``irn`` → ``masks`` → ``report``.
+    """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``irn`` → ``masks`` → ``segment`` →
+    ``predict`` → ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint.
@@ -185,59 +190,44 @@ def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
     )
 
 
+def _segment(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    table = session.config.segment
+    net = session.segmenter()
+    train_segmenter(
+        net,
+        session.train,
+        session.out / "masks" / "train",
+        session.loop(table, masks=True),
+        lr=table.lr,
+        head_factor=table.head_factor,
+        momentum=table.momentum,
+        weight_decay=table.weight_decay,
+        checkpoint=folder / "checkpoint.pt",
+        **run,
+    )
+    own = session.config.camnet.backbone if session.given_backbone is None else ""
+    save_segmenter(folder / "model.pt", net, session.train.classes, table.backbone or own)
+
+
+def _predict(session: Session, folder: Path, run: dict[str, Any]) -> None:
+    table = session.config.predict
+    if session.segmented is not None:
+        net = session.segmenter(trained=True)
+        crf = session.crf(table)
+        settings = {"crf": crf["crf"] if table.iterations else None, "workers": session.workers}
+        make_predictions(
+            net,
+            session.segmented,
+            folder / "eval",
+            longest=table.longest,
+            device=session.device,
+            keep=True,
+            **settings,
+        )
+
+
 def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    for name, table in {"cams": _cam_pictures(session), "masks": _mask_pictures(session)}.items():
-        with replacing(folder / f"{name}.png") as file:
-            table.save(file, "PNG")
-
-
-def _cam_pictures(session: Session) -> Image.Image:
-    """CAMs before and after CA-CL, of images that were not trained on if there are any."""
-    dataset = session.eval or session.train
-    chosen = _chosen(session, dataset)
-    stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
-    cams = [dict(predict_cams(session.net(stage), dataset, chosen, **session.inference)) for stage in stages.values()]
-    rows = {}
-    for i in chosen:
-        photo = dataset.image(i).permute(1, 2, 0).numpy()
-        maps = [of[i].resized(photo.shape[:2]) for of in cams]
-        mask = overlay(photo, threshold(cams[-1][i].classes, maps[-1]))
-        rows[i] = [photo, *(heatmap(photo, each) for each in maps), mask]
-    return _table(dataset, ["photo", *stages, f"its mask at {BACKGROUND_SCORE}"], rows)
-
-
-def _mask_pictures(session: Session) -> Image.Image:
-    """The steps from CAM to pseudo mask, of training images."""
-    dataset, cams, chosen = session.train, session.out / "cams" / "train", _chosen(session, session.train)
-    rows = {}
-    for i, refined in refine_cams(
-        dataset, cams, chosen, background_score=BACKGROUND_SCORE, **session.crf(session.config.irn)
-    ):
-        photo, file = dataset.image(i).permute(1, 2, 0).numpy(), f"{dataset.entries[i].id}.png"
-        found = load_cams((cams / file).with_suffix(".npz"), len(dataset.classes))
-        maps = found.resized(photo.shape[:2])
-        kept = (read_mask(session.out / folder / file).numpy() for folder in ("irn/labels", "masks/train"))
-        masks = (threshold(found.classes, maps), refined, *kept)
-        rows[i] = [photo, heatmap(photo, maps), *(overlay(photo, mask) for mask in masks)]
-    titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", "mined labels", "pseudo mask"]
-    return _table(dataset, titles, rows)
-
-
-def _chosen(session: Session, dataset: Dataset) -> list[int]:
-    count = min(session.config.report.images, len(dataset))
-    return [i * len(dataset) // count for i in range(count)]
-
-
-def _table(dataset: Dataset, titles: list[str], rows: dict[int, list[Pixels]]) -> Image.Image:
-    """Pictures of some images, with their ids and labels, and the ground truth where there is one."""
-    entries = {i: dataset.entries[i] for i in rows}
-    if any(entry.mask for entry in entries.values()):
-        titles = [*titles, "ground truth"]
-        for i, entry in entries.items():
-            photo = rows[i][0]
-            rows[i].append(overlay(photo, dataset.mask(i).numpy()) if entry.mask else np.zeros_like(photo))
-    names = {i: ", ".join(dataset.classes[k] for k in entry.labels) for i, entry in entries.items()}
-    return sheet(titles, [(f"{entries[i].id}: {names[i]}", pictures) for i, pictures in rows.items()])
+    write_report(session, folder)
 
 
 _BODIES: dict[str, Body] = {
@@ -246,5 +236,7 @@ _BODIES: dict[str, Body] = {
     "cams": _cams,
     "irn": _irn,
     "masks": _masks,
+    "segment": _segment,
+    "predict": _predict,
     "report": _report,
 }

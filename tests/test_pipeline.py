@@ -23,6 +23,7 @@ SETTINGS = [
     "warmup.epochs=2", "warmup.batch_size=3", "warmup.crop=32", "warmup.lr=0.01",
     "cacl.epochs=2", "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cacl.threshold=0.2", "cams.scales=[1.0]",
     "irn.epochs=2", "irn.batch_size=3", "irn.crop=32", "irn.lr=0.01", "irn.radius=4",
+    "segment.epochs=2", "segment.batch_size=3", "segment.crop=32", "segment.lr=0.001", "segment.backbone=",
 ]  # fmt: skip
 
 
@@ -41,10 +42,10 @@ def run(root, out, *more, **arguments):
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Everything in a run folder; the log without its times, the configuration without its folder."""
+    """What a run made, without what tells times and its folder: in the log, the configuration, the report."""
     result = {}
     for path in sorted(out.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name not in ("times.json", "index.html"):
             name = path.relative_to(out).as_posix()
             result[name] = path.read_bytes()
             if name == "log.jsonl":
@@ -64,36 +65,45 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
     assert names == {
         "config.toml", "data.json", "log.jsonl", "metrics.json",
         "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json",
-        "irn/model.pt", "irn/stage.json", "masks/stage.json",
-        "report/stage.json", "report/cams.png", "report/masks.png",
+        "irn/model.pt", "irn/stage.json", "masks/stage.json", "segment/model.pt", "segment/stage.json",
+        "predict/stage.json", "report/stage.json", *(f"report/{i}.png" for i in ("cams", "masks", "segmentation")),
+        *(f"predict/eval/{i}.png" for i in range(6, 9)),
         *(f"cams/train/{i}.npz" for i in range(6)), *(f"irn/labels/{i}.png" for i in range(6)),
         *(f"masks/walk/{i}.npz" for i in range(6)), *(f"masks/train/{i}.png" for i in range(6)),
     }  # fmt: skip
+    assert (result.out / "report/index.html").is_file()
+    times = json.loads((result.out / "times.json").read_text())
+    assert list(times) == list(pipeline.STAGES)
+    assert all(cost["seconds"] > 0 for cost in times.values())
     assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
     metrics = json.loads((result.out / "metrics.json").read_text())
     assert metrics == result.metrics
-    assert {name: (m["split"], m["images"], m["background_score"], m["crf"]) for name, m in metrics.items()} == {
+    assert {name: (m["split"], m["images"], m.get("background_score"), m["crf"]) for name, m in metrics.items()} == {
         "warmup": ("val", 3, 0.15, False),
         "cacl": ("val", 3, 0.15, False),
         "cams": ("train", 6, 0.15, False),
         "irn": ("train", 6, 0.15, True),
         "masks": ("train", 6, 0.25, True),
+        "segment": ("val", 3, None, False),
+        "predict": ("val", 3, None, True),
     }
     assert metrics["cacl"]["oracle"]["miou"] >= metrics["cacl"]["miou"]
     assert "cacl: CAM mIoU" in result.summary()
     assert "(val, 3 images, background score 0.15, no CRF; oracle" in result.summary()
     assert re.search(r"irn: CAM \+ CRF mIoU .* \(train, 6 images, background score 0.15, CRF\)", result.summary())
     assert "masks: pseudo masks mIoU" in result.summary()
+    assert re.search(r"segment: DeepLabV2 mIoU \d+\.\d % \(val, 3 images, no CRF\)", result.summary())
+    assert re.search(r"predict: DeepLabV2 mIoU \d+\.\d % \(val, 3 images, CRF\)", result.summary())
     records = [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in records] == [
-        (s, i) for s in ("warmup", "cacl", "irn") for i in (1, 2, 3, 4)
+        (s, i) for s in ("warmup", "cacl", "irn", "segment") for i in (1, 2, 3, 4)
     ]
     wanted = {
         "epoch", "lr", "images_per_second", "loss", "itc", "bgs", "region", "foreground_similarity",
         "background_similarity", "pass_rate", "threshold", "template_share",
     }  # fmt: skip
     assert wanted <= set(records[7])
-    assert {"loss", "background", "foreground", "negative", "displacement_foreground"} <= set(records[-1])
+    assert {"loss", "background", "foreground", "negative", "displacement_foreground"} <= set(records[-5])
     assert sum(records[7]["template_share"]) == pytest.approx(1, abs=1e-4)
 
 
@@ -121,29 +131,29 @@ def test_finished_stages_are_skipped_until_something_changes(root, tmp_path):
     before = files(out)
     assert stages_of() == []
     assert files(out) == before
-    assert stages_of("masks.beta=5") == []
+    assert stages_of("masks.beta=5") == ["segment"]
     after = files(out)
     assert {name for name in before if before[name] != after[name]} >= {f"masks/walk/{i}.npz" for i in range(6)}
     assert before["irn/model.pt"] == after["irn/model.pt"]
-    assert stages_of("irn.radius=3") == ["irn"]
-    assert stages_of("cams.flip=false") == ["irn"]
+    assert stages_of("irn.radius=3") == ["irn", "segment"]
+    assert stages_of("cams.flip=false") == ["irn", "segment"]
     assert files(out)["cams/train/0.npz"] != before["cams/train/0.npz"]
-    assert stages_of("cacl.alpha=10") == ["cacl", "irn"]
+    assert stages_of("cacl.alpha=10") == ["cacl", "irn", "segment"]
     assert stages_of("cacl.alpha=10", "run.workers=1", "run.checkpoint_seconds=1") == []
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn"]
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl", "irn"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn", "segment"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", resume=False) == ["warmup", "cacl", "irn", "segment"]
     (root / "images/0.png").write_bytes((root / "images/1.png").read_bytes())
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10") == ["warmup", "cacl", "irn", "segment"]
     # A mask or a scale of the CAMs changes what is measured, and nothing that was trained.
     scores = json.loads((out / "metrics.json").read_text())
     (root / "masks/7.png").write_bytes((root / "masks/6.png").read_bytes())
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", "cams.scales=[2.0]") == ["irn"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", "cams.scales=[2.0]") == ["irn", "segment"]
     again = json.loads((out / "metrics.json").read_text())
     assert all(again[stage]["iou"] != scores[stage]["iou"] for stage in ("warmup", "cacl", "cams"))
-    assert list(again) == ["warmup", "cacl", "cams", "irn", "masks"]
+    assert list(again) == ["warmup", "cacl", "cams", "irn", "masks", "segment", "predict"]
     encoder = TinyEncoder()
     encoder.head.weight.data += 0.1
-    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl", "irn"]
+    assert stages_of("warmup.lr=0.02", "cacl.alpha=10", encoder=encoder) == ["cacl", "irn", "segment"]
 
 
 def test_a_stage_needs_those_before_it(root, tmp_path):

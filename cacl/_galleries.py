@@ -1,0 +1,285 @@
+"""Photos with their CAMs and masks, computed from what a run folder holds: the rows of the report's pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cacl._checks import InputError
+from cacl._session import Session
+from cacl.cams import ImageCAMs, load_cams, predict_cams
+from cacl.config import Config
+from cacl.datasets import Dataset
+from cacl.images import read_mask
+from cacl.masks import refine_cams
+from cacl.metrics import BACKGROUND_SCORE, IGNORE, ConfusionMatrix
+from cacl.pictures import Pixels, heatmap, overlay, sheet, threshold
+
+logger = logging.getLogger("cacl")
+
+Mask = NDArray[np.integer]
+
+
+@dataclass
+class Row:
+    """One image of a gallery."""
+
+    id: str
+    names: str
+    """Its labels."""
+    pictures: list[Pixels | None]
+    score: float | None = None
+    """The mean IoU of this image alone."""
+
+
+@dataclass
+class Gallery:
+    """Pictures of some images side by side."""
+
+    dataset: Dataset
+    titles: list[str]
+    rows: list[Row] = field(default_factory=list)
+    shown: set[int] = field(default_factory=set)
+    """Mask values that occur in the masks, without background."""
+
+    def add(self, index: int, pictures: Sequence[Pixels | Mask | None], score: float | None = None) -> None:
+        """An image: its photo, then pictures ``(H, W, 3)``, or masks ``(H, W)`` that are drawn over the photo."""
+        photo, entry = pictures[0], self.dataset.entries[index]
+        assert photo is not None
+        names = ", ".join(self.dataset.classes[k] for k in entry.labels)
+        row = Row(entry.id, names, [], score)
+        for picture in pictures:
+            if picture is not None and picture.ndim == 2:
+                self.shown |= {int(value) for value in np.unique(picture)} - {0}
+                picture = overlay(photo.astype(np.uint8), picture)
+            row.pictures.append(None if picture is None else picture.astype(np.uint8))
+        self.rows.append(row)
+
+    @property
+    def legend(self) -> dict[int, str]:
+        """Mask value -> name, of what occurs; what is ignored comes last."""
+        classes = {k + 1: name for k, name in enumerate(self.dataset.classes)}
+        return {value: {**classes, IGNORE: "ignored"}[value] for value in sorted(self.shown)}
+
+    def sheet(self) -> Image.Image:
+        """As one picture, black where something is missing."""
+        rows = []
+        for row in self.rows:
+            photo = row.pictures[0]
+            assert photo is not None
+            pictures = [np.zeros_like(photo) if picture is None else picture for picture in row.pictures]
+            rows.append((f"{row.id}: {row.names}", pictures))
+        return sheet(self.titles, rows)
+
+
+def cam_gallery(session: Session) -> Gallery | None:
+    """CAMs after the warm-up beside those after CA-CL (the paper's figure 4), of images that were not trained on if
+    there are any."""
+    stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
+    return _compared(session, {title: (session, stage) for title, stage in stages.items() if trained(session, stage)})
+
+
+def step_gallery(session: Session) -> Gallery | None:
+    """The steps from CAM to pseudo mask, of training images."""
+    dataset, cams = session.train, session.out / "cams" / "train"
+    chosen = [i for i in _chosen(session, dataset) if (cams / f"{dataset.entries[i].id}.npz").is_file()]
+    if not chosen:
+        return None
+    kept = {"mined labels": "irn/labels", "pseudo mask": "masks/train"}
+    kept = {title: folder for title, folder in kept.items() if (session.out / folder).is_dir()}
+    titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", *kept]
+    gallery = Gallery(dataset, [*titles, *_truth_title(dataset, chosen)])
+    crf = session.crf(session.config.irn)
+    for i, refined in refine_cams(dataset, cams, chosen, background_score=BACKGROUND_SCORE, **crf):
+        photo, id = _photo(dataset, i), dataset.entries[i].id
+        found = load_cams(cams / f"{id}.npz", len(dataset.classes))
+        maps = found.resized(photo.shape[:2])
+        masks = (_mask(session.out / folder / f"{id}.png", photo) for folder in kept.values())
+        own = [photo, heatmap(photo, maps), threshold(found.classes, maps), refined, *masks]
+        gallery.add(i, [*own, *_truth(gallery, i)])
+    return gallery
+
+
+def segmentation_gallery(session: Session) -> Gallery | None:
+    """CAM, its mask and the segmenter's prediction (the paper's figure 5), of the images that it was applied to."""
+    dataset, folder = predicted(session), session.out / "predict" / "eval"
+    if dataset is None:
+        return None
+    chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
+    labelled = trained(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
+    found = _cams(session, "cacl", dataset, chosen) if labelled else {}
+    titles = ["photo", *(["CAM after CA-CL", f"its mask at {BACKGROUND_SCORE}"] if labelled else [])]
+    gallery = Gallery(dataset, [*titles, prediction_title(session), *_truth_title(dataset, chosen)])
+    for i in chosen:
+        photo = _photo(dataset, i)
+        own: list[Pixels | Mask | None] = [photo]
+        if labelled:
+            maps = found[i].resized(photo.shape[:2])
+            own += [heatmap(photo, maps), threshold(found[i].classes, maps)]
+        own.append(_mask(folder / f"{dataset.entries[i].id}.png", photo))
+        gallery.add(i, [*own, *_truth(gallery, i)])
+    return gallery if chosen else None
+
+
+def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
+    """The images that the segmenter does best and worst, by the mean IoU over what occurs in each; best and worst
+    come first."""
+    dataset, folder = predicted(session), session.out / "predict" / "eval"
+    if dataset is None:
+        return None
+    scores: list[tuple[float, int]] = []
+    for i, entry in enumerate(dataset.entries):
+        path = folder / f"{entry.id}.png"
+        if entry.mask is not None and path.is_file():
+            matrix = ConfusionMatrix(len(dataset.classes))
+            matrix.update(dataset.mask(i).numpy(), read_mask(path).numpy())
+            if (score := matrix.miou) == score:  # NaN where all is ignored
+                scores.append((score, i))
+    count = min(session.config.report.images, len(scores) // 2, 4)
+    if not count:
+        return None
+    scores.sort()
+    best, worst = (Gallery(dataset, ["photo", "prediction", "ground truth"]) for _ in range(2))
+    for gallery, some in ((best, scores[: -count - 1 : -1]), (worst, scores[:count])):
+        for score, i in some:
+            photo = _photo(dataset, i)
+            mask = _mask(folder / f"{dataset.entries[i].id}.png", photo)
+            gallery.add(i, [photo, mask, *_truth(gallery, i)], score)
+    return best, worst
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The trainings of an ablation's first seed that the paper's figures compare."""
+
+    seed: int
+    templates: Mapping[str, Session]
+    """Each template alone, and last ``"DCPS"``."""
+    suppression: Mapping[str, Session]
+    """Without and with CSBS."""
+
+    def iou(self) -> dict[str, dict[str, float]]:
+        """Template -> class -> IoU."""
+        known = {name: session.metrics.get("cacl") for name, session in self.templates.items()}
+        return {name: metrics["iou"] for name, metrics in known.items() if metrics}
+
+
+def open_ablation(session: Session, folder: Path) -> Ablation | None:
+    """What :func:`cacl.ablate.run` left in a folder, as far as its trainings are finished; None for nothing."""
+    from cacl import ablate  # which builds on the pipeline, which builds on this
+
+    for seed in sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name)):
+        try:
+            config = load_config(seed / "start")
+            names = ablate._folders(config)
+            variants = {table: ablate.variants(config, table) for table in ("4", "5")}
+        except InputError as error:
+            logger.info("report: without %s: %s", seed, error)
+            continue
+        known = {"background", *session.train.classes}
+        found: dict[str, dict[str, Session]] = {table: {} for table in variants}
+        for table, rows in variants.items():
+            for variant in rows:
+                out = seed / names[repr(variant.changes)]
+                changed = config.changed(variant.changes).changed({"run": {"out": out}})
+                own = Session(changed, session.given_encoder, session.given_backbone, None)
+                if trained(own, "cacl") and set(own.metrics.get("cacl", {}).get("iou", ())) <= known:
+                    own.train = session.train  # the same classes, or the weights do not fit
+                    single = changed.prompts.templates if variant.name.startswith("only") else ()
+                    found[table][single[0] if single else "DCPS" if table == "4" else variant.name] = own
+        if any(found.values()):
+            return Ablation(config.run.seed, found["4"], found["5"])
+    return None
+
+
+def ablation_galleries(session: Session, ablation: Ablation) -> tuple[Gallery | None, Gallery | None]:
+    """CAMs under each template and DCPS (the paper's figures 3 and 6), and without and with CSBS (its figure 7)."""
+    galleries = []
+    for sessions in (ablation.templates, ablation.suppression):
+        networks = {name: (own, "cacl") for name, own in sessions.items()}
+        galleries.append(_compared(session, networks, masks=False) if len(networks) > 1 else None)
+    return galleries[0], galleries[1]
+
+
+def trained(session: Session, stage: str) -> bool:
+    """Whether a run has the network of a stage."""
+    return (session.out / stage / "model.pt").is_file()
+
+
+def predicted(session: Session) -> Dataset | None:
+    """The images that the stage ``predict`` made masks for, if it has."""
+    made = (session.out / "predict" / "eval").is_dir()
+    return session.segmented if made else None
+
+
+def prediction_title(session: Session) -> str:
+    """What the masks of the stage ``predict`` are."""
+    metrics = session.metrics.get("predict", {})
+    return f"{metrics.get('what', 'segmentation')}{' + CRF' if metrics.get('crf') else ''}"
+
+
+def load_config(run: Path) -> Config:
+    """The configuration of a run folder, also of one that was moved, or that an older version wrote.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    # With another folder to write to, since a run's own configuration is taken for a mistake where it would change.
+    return Config.load(run / "config.toml", ["run.out=elsewhere"]).changed({"run": {"out": run.absolute()}})
+
+
+def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, masks: bool = True) -> Gallery | None:
+    """CAMs of several networks, title -> (its run, its stage), and the mask of the last ones."""
+    dataset = session.eval or session.train
+    chosen = _chosen(session, dataset)
+    if not networks or not chosen:
+        return None
+    cams = [_cams(run, stage, dataset, chosen) for run, stage in networks.values()]
+    mask = [f"its mask at {BACKGROUND_SCORE}"] if masks else []
+    gallery = Gallery(dataset, ["photo", *networks, *mask, *_truth_title(dataset, chosen)])
+    for i in chosen:
+        photo = _photo(dataset, i)
+        maps = [of[i].resized(photo.shape[:2]) for of in cams]
+        own: list[Pixels | Mask | None] = [photo, *(heatmap(photo, each) for each in maps)]
+        if masks:
+            own.append(threshold(cams[-1][i].classes, maps[-1]))
+        gallery.add(i, [*own, *_truth(gallery, i)])
+    return gallery
+
+
+def _cams(session: Session, stage: str, dataset: Dataset, chosen: Sequence[int]) -> dict[int, ImageCAMs]:
+    return dict(predict_cams(session.net(stage), dataset, chosen, **session.inference))
+
+
+def _chosen(session: Session, dataset: Dataset) -> list[int]:
+    count = min(session.config.report.images, len(dataset))
+    return [i * len(dataset) // count for i in range(count)]
+
+
+def _photo(dataset: Dataset, index: int) -> Pixels:
+    photo: Pixels = dataset.image(index).permute(1, 2, 0).numpy()
+    return photo
+
+
+def _mask(path: Path, photo: Pixels) -> Mask | None:
+    """A mask of the photo's size, or None where there is no such file."""
+    mask = read_mask(path).numpy() if path.is_file() else None
+    return mask if mask is not None and mask.shape == photo.shape[:2] else None
+
+
+def _truth_title(dataset: Dataset, chosen: Iterable[int]) -> list[str]:
+    return ["ground truth"] if any(dataset.entries[i].mask for i in chosen) else []
+
+
+def _truth(gallery: Gallery, index: int) -> list[Mask | None]:
+    """The ground truth of an image, where the gallery has a column for it."""
+    if gallery.titles[-1] != "ground truth":
+        return []
+    dataset = gallery.dataset
+    return [dataset.mask(index).numpy() if dataset.entries[index].mask else None]

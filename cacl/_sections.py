@@ -1,0 +1,197 @@
+"""The parts of the report: what is shown, under which heading, with which words; what is missing is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cacl import figures
+from cacl._chart import duration
+from cacl._checks import InputError
+from cacl._files import read_json
+from cacl._galleries import Ablation, Gallery, ablation_galleries, prediction_title, ranked_galleries
+from cacl._page import Block, Score, Section, chart
+from cacl._session import Session
+from cacl.metrics import BACKGROUND_SCORE
+
+_NAMES = {"warmup": "CAM after the warm-up", "cacl": "CAM after CA-CL", "cams": "CAM of the training images"}
+_ABLATE = "cacl ablate CONFIG --tables 4,5"
+
+
+def scores(metrics: Mapping[str, Any]) -> list[Score]:
+    """Every mean IoU of ``metrics.json``."""
+    found = []
+    for stage, own in metrics.items():
+        crf, what = bool(own.get("crf")), own.get("what", stage)
+        name = _NAMES.get(stage) or (f"{what} + CRF" if stage == "predict" and crf else what)
+        common = (str(own.get("split", "")), int(own.get("images", 0)), own.get("background_score"))
+        if walk := own.get("walk"):
+            found.append(Score(stage, "Random walk alone", walk["miou"], *common, False, _oracle(walk)))
+        found.append(Score(stage, name[:1].upper() + name[1:], own["miou"], *common, crf, _oracle(own)))
+    return [score for score in found if score.miou == score.miou]  # NaN where every pixel is ignored
+
+
+def tiles(known: Sequence[Score]) -> list[tuple[Score, str]]:
+    """The milestones of the chain; a gain is told only over what was measured in the same way."""
+    last = {score.stage: score for score in known}
+    shown = []
+    for stage in ("warmup", "cacl", "masks", "predict" if "predict" in last else "segment"):
+        if (score := last.get(stage)) is not None:
+            before, gain = last.get("warmup"), ""
+            if stage == "cacl" and before is not None and before.conditions == score.conditions:
+                gain = f"{100 * (score.miou - before.miou):+.1f}".replace("-", "−") + " points over the warm-up"
+            shown.append((score, gain))
+    return shown
+
+
+def chain(known: Sequence[Score]) -> str:
+    """The chart of the scores."""
+    if not known:
+        return ""
+    figure = figures.miou_bars(
+        [score.what for score in known],
+        [score.miou for score in known],
+        groups=[score.split for score in known],
+        notes=[score.conditions for score in known],
+        oracles=[score.oracle[1] if score.oracle else None for score in known],
+    )
+    return chart(figure, "Mean IoU along the chain")
+
+
+def training(session: Session) -> Section:
+    """Curves."""
+    section = Section("training", "Training", "Thin: the measured steps. Thick: their running mean.")
+    records, table = session.log.records(), session.config.cacl
+    if any("loss" in record for record in records):
+        weights = {"itc": table.alpha, "bgs": table.beta, "region": table.gamma}
+        drawn = chart(figures.loss_curves(records, weights=weights), "Loss of each stage over the epochs")
+        about = "The loss of each stage that trains."
+        if any(record.get("stage") == "cacl" for record in records):
+            about += (
+                " That of CA-CL is shown with its terms as they add up (eq. 14): contrast of foreground and background "
+                "(ITC), background suppression (BGS), area (REG)."
+            )
+        section.blocks.append(Block(about, drawn))
+    if any(record.get("stage") == "cacl" for record in records):
+        figure = figures.selection_curves(records, templates=session.config.prompts.templates)
+        about = (
+            "Left: cosine of foreground and background with the text of the class (eq. 7), and the threshold θ. "
+            "Middle: the share of the background prompts that reach θ (eq. 10). Right: how often each template "
+            "was the chosen one (eq. 4), counted from the start."
+        )
+        section.blocks.append(Block(about, chart(figure, "Similarities, θ, pass rate and template shares")))
+    return section
+
+
+def classes(session: Session, ablation: Ablation | None) -> Section:
+    """IoU of every class."""
+    section = Section("classes", "IoU per class", "Bars of one chart are measured on the same images.")
+    metrics = {stage: own for stage, own in session.metrics.items() if own.get("iou")}
+    known = [score for score in scores(metrics) if score.what != "Random walk alone"]
+    for group in dict.fromkeys((score.split, score.images) for score in known):
+        own = [score for score in known if (score.split, score.images) == group]
+        drawn = chart(
+            figures.iou_bars({score.what: metrics[score.stage]["iou"] for score in own}),
+            f"IoU of each class by stage, split {group[0]}",
+        )
+        settings = "; ".join(f"{score.what}: {score.settings}" for score in own)
+        about = f"By stage on the split {group[0]}, {group[1]} images. {settings}."
+        section.blocks.append(Block(about, drawn))
+    if not section.blocks:
+        section.blocks.append(Block(note="No split has ground-truth masks to measure an IoU with."))
+        return section
+    if ablation and (templates := ablation.iou()):
+        first = next(own for name, own in ablation.templates.items() if name in templates)
+        about = (
+            "By template: CAMs after CA-CL with one template alone, and with DCPS, which chooses one for every image "
+            f"and class (the paper's figure 2). Scored on {scores(first.metrics)[-1].conditions}; seed {ablation.seed}."
+        )
+        figure = figures.iou_bars(templates, highlight="DCPS" if "DCPS" in templates else None)
+        section.blocks.append(Block(about, chart(figure, "IoU of each class by template")))
+    else:
+        section.blocks.append(Block(note=f"IoU by template needs an ablation beside the run folder: {_ABLATE}"))
+    return section
+
+
+def cams(session: Session, gallery: Gallery | None, ablation: Ablation | None) -> Section:
+    """CAMs beside CAMs."""
+    section = Section("cams", "Class activation maps", "Red is where the network looks, blue where it does not.")
+    if gallery is None:
+        return section
+    split = session.config.data.train if session.eval is None else session.config.data.eval
+    about = (
+        f"Photos of the split {split}. A mask shows where a CAM is above the background score {BACKGROUND_SCORE} (the "
+        "paper's figure 4)."
+    )
+    section.blocks.append(Block(about, galleries=[("", gallery)]))
+    if ablation is None:
+        section.blocks.append(
+            Block(note=f"CAMs by template, and without background suppression, need an ablation: {_ABLATE}")
+        )
+        return section
+    try:
+        templates, suppression = ablation_galleries(session, ablation)
+    except InputError as error:
+        section.blocks.append(Block(note=f"The ablation beside this run does not belong to it: {error}"))
+        return section
+    if templates is not None:
+        about = (
+            f"CAMs after CA-CL with one template alone, and with DCPS (the paper's figures 3 and 6); seed "
+            f"{ablation.seed} of the ablation."
+        )
+        section.blocks.append(Block(about, galleries=[("By template", templates)]))
+    if suppression is not None:
+        about = (
+            "CAMs without and with class-specific background suppression (the paper's figure 7): what is taken from "
+            f"the background should fade; seed {ablation.seed} of the ablation."
+        )
+        section.blocks.append(Block(about, galleries=[("Background suppression", suppression)]))
+    return section
+
+
+def steps(session: Session, gallery: Gallery | None) -> Section:
+    """From CAM to pseudo mask."""
+    section = Section("masks", "From CAM to pseudo mask", "What each step makes of the one before it.")
+    if gallery is not None:
+        about = f"Photos of the split {session.config.data.train}. White is left open: no loss looks there."
+        section.blocks.append(Block(about, galleries=[("", gallery)]))
+    return section
+
+
+def segmentation(session: Session, gallery: Gallery | None) -> Section:
+    """What the segmenter makes of photos."""
+    section = Section("segmentation", "Segmentation", "The network that is trained on the pseudo masks.")
+    if gallery is None:
+        section.blocks.append(Block(note="Not there yet: the stages segment and predict make it."))
+        return section
+    about = f"{prediction_title(session)} on the split {session.segmented_split} (the paper's figure 5)."
+    section.blocks.append(Block(about, galleries=[("", gallery)]))
+    if ranked := ranked_galleries(session):
+        about = (
+            "Mean IoU of the single image, over the background and the classes that occur in its ground truth or its "
+            f"prediction; {prediction_title(session)}, split {session.segmented_split}."
+        )
+        section.blocks.append(Block(about, galleries=list(zip(("Best photos", "Hardest photos"), ranked, strict=True))))
+    else:
+        section.blocks.append(Block(note="Best and hardest photos need ground-truth masks."))
+    return section
+
+
+def costs(session: Session) -> Section:
+    """Time and memory."""
+    section = Section("costs", "Time and memory", "What each stage took in this run, evaluation left out.")
+    times = {
+        stage: {key: float(value) for key, value in cost.items() if isinstance(value, int | float)}
+        for stage, cost in read_json(session.out / "times.json").items()
+        if isinstance(cost, dict)
+    }
+    if any("seconds" in cost for cost in times.values()):
+        total = duration(sum(cost.get("seconds", 0.0) for cost in times.values()))
+        about = f"{total} in all. Memory is the peak of the main process."
+        section.blocks.append(Block(about, chart(figures.stage_costs(times), "Time and memory of each stage")))
+    return section
+
+
+def _oracle(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+    oracle = metrics.get("oracle")
+    return (oracle["background_score"], oracle["miou"]) if oracle else None

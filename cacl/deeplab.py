@@ -1,0 +1,184 @@
+"""DeepLabV2: atrous convolutions at four rates, summed, over an image at three scales (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cacl._backbones import named_backbone
+from cacl._checks import InputTypeError, check_positive, check_tensor, expected, shape
+from cacl._features import full
+from cacl.camnet import evaluating
+from cacl.metrics import IGNORE
+
+RATES = (6, 12, 18, 24)
+"""Dilations of the four 3×3 convolutions on the trunk's features."""
+SCALES = (1.0, 0.75, 0.5)
+"""Factors of the image's size, the image itself first."""
+
+
+class DeepLabV2(nn.Module):
+    """Semantic segmentation by a dilated ResNet and atrous spatial pyramid pooling (DeepLabV2, Chen et al. 2016).
+
+    Args:
+        num_classes: C, the background included.
+        backbone: the name of a torchvision ResNet, which gets output stride 8; ``"scenes"``; or any module
+            ``(B, 3, H, W) -> (B, D, h, w)`` with an attribute ``out_channels``, whose stride is then the network's.
+        weights: as for :class:`cacl.CAMNet`.
+        freeze_batch_norm: leave statistics and weights of batch norm as they are, as DeepLab does, whose batches are
+            small and whose trunk was trained on a million images.
+
+    Raises:
+        ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
+        TypeError: if ``backbone`` is no name and has no ``out_channels``.
+
+    Example:
+        >>> net = DeepLabV2(21, backbone="resnet50", weights=None).eval()
+        >>> net(torch.zeros(1, 3, 65, 50)).shape
+        torch.Size([1, 21, 9, 7])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        *,
+        backbone: str | nn.Module = "resnet101",
+        weights: str | None = "DEFAULT",
+        freeze_batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        check_positive("num_classes", num_classes)
+        self.num_classes, self.freeze_batch_norm = num_classes, freeze_batch_norm
+        if isinstance(backbone, str):
+            self.backbone: nn.Module = named_backbone(backbone, weights, stride=8).requires_grad_(True)
+        else:
+            self.backbone = backbone
+        channels = getattr(self.backbone, "out_channels", None)
+        if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
+            raise InputTypeError(
+                "Expected argument `backbone` to be a ResNet's name or a module with an integer `out_channels`, "
+                f"but got {type(backbone).__name__}."
+            )
+        for norm in self._frozen():
+            norm.requires_grad_(False)
+        branches = [nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in RATES]
+        for branch in branches:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)  # type: ignore[arg-type]
+        self.aspp = nn.ModuleList(branches)
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        super().train(mode)
+        for norm in self._frozen():
+            norm.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """``(B, 3, H, W)`` normalised images of any size -> logits at the trunk's stride.
+
+        In training a list for :func:`segmentation_loss`: one a scale, each at its own size, and last their maximum;
+        in evaluation the maximum, ``(B, C, h, w)``.
+        """
+        check_tensor("images", images, "(B, 3, H, W)")
+        logits = [self.logits(_scaled(images, scale)) for scale in SCALES]
+        size = logits[0].shape[-2:]
+        maximum = logits[0]
+        for smaller in logits[1:]:
+            maximum = torch.maximum(
+                maximum, F.interpolate(smaller, size=size, mode="bilinear", align_corners=False)
+            )  # fmt: skip
+        return [*logits, maximum] if self.training else maximum
+
+    def logits(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
+        features = self.backbone(images)
+        branches: Sequence[nn.Conv2d] = self.aspp  # type: ignore[assignment]
+        if features.ndim != 4 or features.shape[1] != branches[0].in_channels:
+            raise expected("backbone", f"giving (B, {branches[0].in_channels}, h, w)", shape(features))
+        total: Tensor = branches[0](features)
+        for branch in list(branches)[1:]:
+            total = total + branch(features)
+        return total
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
+        """``(B, 3, H, W)`` -> probabilities ``(B, C, height, width)`` float32, of the maximum over the scales.
+
+        Runs in evaluation mode and puts the mode back.
+
+        Args:
+            images: normalised.
+            size: ``(height, width)`` of the result; the images' own by default.
+        """
+        check_tensor("images", images, "(B, 3, H, W)")
+        with evaluating(self):
+            return probabilities(self(images), size or (images.shape[2], images.shape[3]))
+
+    def parameter_groups(self, lr: float, *, head_factor: float = 10.0) -> list[dict[str, object]]:
+        """What is trained, for an optimiser: the trunk at ``lr``, the head's weights at ``head_factor · lr``, and its
+        biases at twice that, without weight decay."""
+        trunk = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        head = lr * head_factor
+        return [
+            {"params": trunk, "lr": lr},
+            {"params": [branch.weight for branch in self.aspp], "lr": head},
+            {"params": [branch.bias for branch in self.aspp], "lr": 2 * head, "weight_decay": 0.0},
+        ]
+
+    def _frozen(self) -> list[nn.Module]:
+        if not self.freeze_batch_norm:
+            return []
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        return [module for module in self.backbone.modules() if isinstance(module, kinds)]
+
+
+def segmentation_loss(logits: Sequence[Tensor], masks: Tensor) -> Tensor:
+    r"""Cross-entropy at every scale, added up (DeepLabV2, Chen et al. 2016, section 3).
+
+    .. math:: \sum_s \frac{1}{|V_s|} \sum_{p \in V_s} -\log \mathrm{softmax}(z_s)_{p, y_p}
+
+    The masks are resized to each scale's logits by nearest neighbour; V are the pixels that are not 255.
+
+    Args:
+        logits: of each scale, ``(B, C, h, w)``, as :class:`DeepLabV2` gives them in training.
+        masks: ``(B, H, W)`` of an integer type: 0 … C − 1, or 255 for pixels to leave out.
+
+    Returns:
+        A scalar; a scale without any valid pixel adds 0, with a graph.
+
+    Raises:
+        ValueError: if there are no logits, or the batch sizes differ.
+
+    Example:
+        >>> segmentation_loss([torch.zeros(1, 2, 3, 3)], torch.zeros(1, 6, 6, dtype=torch.uint8))
+        tensor(0.6931)
+    """
+    if not logits:
+        raise expected("logits", "at least one tensor (B, C, h, w)", "none")
+    terms = []
+    for values in logits:
+        check_tensor("logits", values, "(B, C, h, w)")
+        if masks.ndim != 3 or len(masks) != len(values):
+            raise expected("masks", f"a tensor ({len(values)}, H, W)", shape(masks))
+        target = F.interpolate(masks[:, None].float(), size=values.shape[-2:], mode="nearest-exact")[:, 0].long()
+        with torch.autocast(values.device.type, enabled=False):
+            each = F.cross_entropy(full(values), target, ignore_index=IGNORE, reduction="sum")
+        terms.append(each / (target != IGNORE).sum().clamp(min=1))
+    return torch.stack(terms).sum()
+
+
+def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits ``(B, C, h, w)`` -> ``(B, C, *size)`` float32, bilinear, adding up to 1 over the classes."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).softmax(1)
+
+
+def _scaled(images: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return images
+    # In whole numbers, so that a size which is a symbol stays one when the network is exported. Compared: `max` would be
+    # part of that symbol, and torch could not tell that the sizes which some backbones make of it are the same.
+    size = [smaller if (smaller := side * round(100 * scale) // 100) > 1 else 1 for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,172 @@
+"""Masks for any photos: files and folders in, palette PNGs and overlays out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from cacl._checks import InputError
+from cacl._device import find_device
+from cacl._files import replacing
+from cacl.config import Config, Predict
+from cacl.crf import Backend, check_backend
+from cacl.masks import save_mask
+from cacl.pictures import Pixels, legend, overlay
+from cacl.segment import Mask, Segmenter, load_segmenter, segment_photos
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Files of a folder that count as photos; a file that is named itself may end in anything."""
+
+
+class Predicted(NamedTuple):
+    """What :func:`predict` made."""
+
+    classes: tuple[str, ...]
+    """What the mask values from 1 on mean."""
+    masks: list[Path]
+    problems: list[str]
+    """A line for each photo that could not be read."""
+
+
+def predict(
+    model: str | os.PathLike[str],
+    photos: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    overlays: bool = False,
+    crf: bool = True,
+    longest: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    backend: Backend = "auto",
+    backbone: nn.Module | None = None,
+    progress: bool = True,
+) -> Predicted:
+    """Write the mask of every photo, a palette PNG of the photo's own size: 0 background, k the k-th class.
+
+    ``a/photo.jpg`` of a folder becomes ``out/a/photo.png``, a file that is named itself ``out/<name>.png``; photos of
+    one name but other endings keep them (``photo.jpg.png``). A photo is never written over.
+
+    Args:
+        model: a run folder, or the ``segment/model.pt`` of one.
+        photos: files of any size and mode, and folders, which are searched for :data:`ENDINGS`.
+        out: folder of the masks.
+        overlays: write ``out/overlays/<name>.jpg`` too: the mask over the photo, with a legend.
+        crf: draw the masks to the edges of the photo, with the settings of ``[predict]`` of a run, or its defaults.
+        longest: in pixels; larger photos are scaled down to it for network and CRF; None for that of ``[predict]``.
+        device: a torch device; ``"auto"`` takes a GPU if there is one.
+        workers: number of processes; one a core if None.
+        backend: of the CRF.
+        backbone: where the segmenter was trained with a backbone that has no name: one such; changed in place.
+        progress: show a progress bar where there is a terminal.
+
+    Returns:
+        The masks that were made, and what was wrong with other photos; one bad file does not stop the rest.
+
+    Raises:
+        ValueError: if the model cannot be read, there is no photo, or a mask would be written over a photo.
+    """
+    segmenter, table = open_model(model, backbone=backbone)
+    place = find_device(device, "device")
+    out = Path(out)
+    found, problems = _find(photos, out)
+    names = _names(found)
+    targets = [out / f"{name}.png" for name in names]
+    known = {photo.resolve(): photo for photo, _ in found}
+    for target in targets:
+        if target.resolve() in known:
+            raise InputError(f"{known[target.resolve()]}: expected another folder `out`: this photo would be replaced")
+    pictures = [out / "overlays" / f"{name}.jpg" for name in names] if overlays else None
+    settings = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
+    results = segment_photos(
+        segmenter.net.to(place),
+        [photo for photo, _ in found],
+        _Writing(targets, pictures, segmenter.classes),
+        longest=longest or table.longest,
+        crf={**settings, "backend": check_backend(backend)} if crf and table.iterations else None,
+        device=place,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
+        progress=progress,
+    )
+    made = []
+    for index, result in results:
+        if isinstance(result, InputError):
+            problems.append(str(result))
+        else:
+            made.append(targets[index])
+    return Predicted(segmenter.classes, made, problems)
+
+
+def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Predict]:
+    """The segmenter of a run folder with the run's settings, or that of a file with the default ones.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load_segmenter(path, backbone=backbone), Predict()
+    model, config = path / "segment" / "model.pt", path / "config.toml"
+    for file in (config, model):
+        if not file.is_file():
+            raise InputError(f"{path}: expected a run folder whose stage `segment` has finished: no {file}")
+    return load_segmenter(model, backbone=backbone), Config.load(config).predict
+
+
+def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Photos with their paths below what was named, each once; and a line for what is not there."""
+    found: dict[Path, tuple[Path, Path]] = {}
+    problems = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+            # What an earlier call made in this very folder is no photo.
+            photos = [p for p in sorted(inside) if p.suffix.lower() in ENDINGS and not p.is_relative_to(out)]
+            if not photos:
+                problems.append(f"{path}: no photos here (files that end in {', '.join(ENDINGS)})")
+            for photo in photos:
+                found.setdefault(photo.resolve(), (photo, photo.relative_to(path)))
+        elif path.exists():
+            found.setdefault(path.resolve(), (path, Path(path.name)))
+        else:
+            problems.append(f"{path}: no such file or folder")
+    if not found:
+        raise InputError("\n".join(problems) or "Expected photos, but none was named.")
+    return list(found.values()), problems
+
+
+def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
+    """What each photo's files are called: without its ending, as long as it is the only one of that name."""
+    names = [name.with_suffix("") for _, name in found]
+    times = Counter(names)
+    names = [short if times[short] == 1 else name for short, (_, name) in zip(names, found, strict=True)]
+    if again := [name for name, count in Counter(names).items() if count > 1]:
+        both = [str(photo) for (photo, _), name in zip(found, names, strict=True) if name == again[0]]
+        raise InputError(f"{' and '.join(both)}: expected photos of different names; name a folder that holds both")
+    return names
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """Writes the mask of a photo, and its overlay."""
+
+    masks: list[Path]
+    overlays: list[Path] | None
+    classes: tuple[str, ...]
+
+    def __call__(self, index: int, pixels: Pixels, mask: Mask) -> None:
+        if self.overlays is not None:
+            height, width = pixels.shape[:2]
+            seen = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+            picture = legend(overlay(pixels, mask=np.asarray(seen)), mask, self.classes)
+            with replacing(self.overlays[index]) as file:
+                picture.save(file, "JPEG", quality=90)
+        save_mask(self.masks[index], mask)

@@ -1,0 +1,140 @@
+"""The report of a run: one HTML file with its numbers, curves and pictures, which needs nothing but a browser."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from cacl import __version__, _sections
+from cacl._chart import check_report
+from cacl._checks import InputError, check_positive
+from cacl._files import replacing, write_text
+from cacl._galleries import Gallery, cam_gallery, load_config, open_ablation, segmentation_gallery, step_gallery
+from cacl._page import Page, render
+from cacl._session import Session
+from cacl.encoders import ImageTextEncoder
+
+logger = logging.getLogger("cacl")
+
+
+def report(
+    run: Path | str,
+    out: Path | str | None = None,
+    *,
+    ablation: Path | str | None = None,
+    images: int | None = None,
+    encoder: ImageTextEncoder | None = None,
+    backbone: nn.Module | None = None,
+) -> Path:
+    """Write the report of a run folder, as far as the run has come.
+
+    Args:
+        run: the run folder, which may have been moved.
+        out: the HTML file, or a folder that gets ``index.html`` and the pictures; by default ``report`` in ``run``.
+        ablation: folder of :func:`cacl.ablate.run`; by default ``<run>-ablation`` beside the run folder.
+        images: how many photos are shown in each table of photos; by default what ``[report]`` says.
+        encoder: what was given to :func:`cacl.pipeline.run`.
+        backbone: what was given to :func:`cacl.pipeline.run`.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        ValueError: if ``run`` is no run folder, or its data cannot be read.
+        ImportError: if the extra for it is missing.
+    """
+    check_report()
+    config = load_config(Path(run))
+    if images is not None:
+        check_positive("images", images)
+        config = config.changed({"report": {"images": images}})
+    session = Session(config, encoder, backbone, None)
+    target = Path(out) if out is not None else session.out / "report"
+    if target.suffix == ".html":
+        return _write(session, target, _galleries(session), ablation)
+    galleries = _galleries(session)
+    _write_pictures(target, galleries)
+    return _write(session, target / "index.html", galleries, ablation)
+
+
+def write_report(session: Session, folder: Path) -> Path:
+    """Write ``index.html`` and the pictures of a run into a folder; only the pictures where the extra is missing.
+
+    Returns:
+        The HTML file, or else the folder.
+    """
+    galleries = _galleries(session)
+    _write_pictures(folder, galleries)
+    try:
+        check_report()
+    except ImportError as error:
+        logger.info("report: pictures only. %s", error)
+        return folder
+    return _write(session, folder / "index.html", galleries, None)
+
+
+def _galleries(session: Session) -> dict[str, Gallery]:
+    makers: dict[str, Callable[[Session], Gallery | None]]
+    makers = {"cams": cam_gallery, "masks": step_gallery, "segmentation": segmentation_gallery}
+    galleries = {name: make(session) for name, make in makers.items()}
+    return {name: gallery for name, gallery in galleries.items() if gallery is not None}
+
+
+def _write_pictures(folder: Path, galleries: Mapping[str, Gallery]) -> None:
+    for name, gallery in galleries.items():
+        with replacing(folder / f"{name}.png") as file:
+            gallery.sheet().save(file, "PNG")
+
+
+def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablation: Path | str | None) -> Path:
+    beside = session.out.with_name(f"{session.out.name}-ablation")
+    compared = open_ablation(session, Path(ablation) if ablation is not None else beside)
+    if ablation is not None and compared is None:
+        raise InputError(f"{ablation}: expected the folder of an ablation with a finished training of table 4 or 5")
+    scores = _sections.scores(session.metrics)
+    sections = [
+        _sections.training(session),
+        _sections.classes(session, compared),
+        _sections.cams(session, galleries.get("cams"), compared),
+        _sections.steps(session, galleries.get("masks")),
+        _sections.segmentation(session, galleries.get("segmentation")),
+        _sections.costs(session),
+    ]
+    page = Page(
+        title=session.out.name,
+        facts=_facts(session),
+        scores=scores,
+        tiles=_sections.tiles(scores),
+        chain=_sections.chain(scores),
+        sections=[section for section in sections if section.blocks],
+        settings=session.config.to_toml(),
+    )
+    write_text(path, render(page))
+    return path
+
+
+def _facts(session: Session) -> list[tuple[str, str]]:
+    config = session.config
+    data, words, templates = config.data, config.backgrounds, len(config.prompts.templates)
+    encoder, backbone = (
+        type(own).__name__ if own is not None else "" for own in (session.given_encoder, session.given_backbone)
+    )
+    if config.cacl.beta == 0:
+        suppressed = "no background words"
+    else:
+        count = f"{words.n}" if words.n else "the default"
+        suppressed = f"{count} background words a class" + (f", from {words.file.name}" if words.file else "")
+    return [
+        ("Data", f"{data.format}, {data.root}"),
+        ("Classes", f"{len(session.train.classes)}"),
+        ("Training", f"{len(session.train)} images of the split {data.train}: labels only, no masks"),
+        ("Evaluation", "no split with masks" if session.eval is None else f"{len(session.eval)} images of {data.eval}"),
+        ("Encoder", encoder or config.encoder.name),
+        ("Backbone", backbone or config.camnet.backbone),
+        ("Prompts", f"{templates} template{'s' if templates > 1 else ''}, {suppressed}"),
+        ("Seed", f"{config.run.seed}"),
+        ("Made with", f"cacl {__version__}"),
+    ]
