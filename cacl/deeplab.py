@@ -178,7 +178,7 @@ def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def _scaled(images: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return images
-    # In whole numbers, so that a size which is a symbol stays one when the network is exported. Compared: `max` would be
-    # part of that symbol, and torch could not tell that the sizes which some backbones make of it are the same.
+    # In whole numbers, so that a size which is a symbol stays one when the network is exported. Compared: `max` would
+    # be part of that symbol, and torch could not tell that sizes which some backbones make of it are the same.
     size = [smaller if (smaller := side * round(100 * scale) // 100) > 1 else 1 for side in images.shape[-2:]]
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -90,7 +90,7 @@ def predict(
         segmenter.net.to(place),
         [photo for photo, _ in found],
         _Writing(targets, pictures, segmenter.classes),
-        longest=longest or table.longest,
+        longest=table.longest if longest is None else longest,
         crf={**settings, "backend": check_backend(backend)} if crf and table.iterations else None,
         device=place,
         workers=(os.cpu_count() or 1) if workers is None else workers,

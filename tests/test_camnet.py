@@ -188,7 +188,8 @@ class Backbone(nn.Module):
         (
             {"backbone": "resnet18", "weights": "V3"},
             ValueError,
-            "Expected argument `weights` to be None, a file, or one of IMAGENET1K_V1, DEFAULT for resnet18, but got 'V3'.",
+            "Expected argument `weights` to be None, a file, or one of IMAGENET1K_V1, DEFAULT for resnet18, but "
+            "got 'V3'.",
         ),
         (
             {"backbone": nn.Identity()},

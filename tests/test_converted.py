@@ -80,7 +80,7 @@ class Caffe(nn.Module):
             self.add_module(f"layer{number}", layer)
 
     def forward(self, rgb):
-        # Padded with ImageNet's mean colour, as zeros are after normalisation; with Caffe's own that differs by 1 in 255.
+        # Padded with ImageNet's mean colour, as zeros are after normalisation; Caffe's own differs by 1 in 255.
         rgb = F.pad(rgb - MEAN, (3, 3, 3, 3)) + MEAN
         bgr = (rgb * 255).flip(1) - torch.tensor([104.008, 116.669, 122.675]).view(3, 1, 1)
         x = F.max_pool2d(self.layer1.conv1(bgr).relu(), 3, 2, 1, ceil_mode=True)
@@ -114,8 +114,8 @@ def test_less_than_the_whole_backbone_is_refused(tmp_path):
     torch.save({k: v for k, v in state.items() if not k.startswith("layer4.2.conv3")}, path)
     with pytest.raises(ValueError, match=r"264 of 265 parameters match; 'layers.3.2.conv3.weight': expected \(2048"):
         DeepLabV2(3, backbone="resnet50", weights=str(path))
+    torch.save(resnet18(weights=None).state_dict(), path)
     with pytest.raises(ValueError, match=r"'layers.0.0.conv1.weight': expected \(64, 64, 1, 1\), but got \(64, 64, 3"):
-        torch.save(resnet18(weights=None).state_dict(), path)
         DeepLabV2(3, backbone="resnet50", weights=str(path))
     path.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     with pytest.raises(ValueError, match="not a checkpoint"):
