@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ def expected(argument: str, wanted: str, got: object) -> InputError:
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
+    if isinstance(error, UnpicklingError):  # torch's own text advises to run what is in the file
+        return "it holds something else than tensors and plain values"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

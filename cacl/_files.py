@@ -78,6 +78,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) ->
     fitting = [k for k, v in own.items() if isinstance(state.get(k), Tensor) and state[k].shape == v.shape]
     wrong = [name for name in (*own, *state) if name not in fitting]
     if wrong:
+        wrong.sort(key=lambda name: name.endswith("_extra_state"))  # a weight says more
         name = wrong[0]
         sizes = [tuple(x[name].shape) if isinstance(x.get(name), Tensor) else "nothing" for x in (own, state)]
         raise InputError(

@@ -97,7 +97,10 @@ class Session:
     @property
     def segmented_split(self) -> str:
         """The split that the segmenter makes masks for; empty for none."""
-        return self.config.predict.split or self.config.data.eval
+        data = self.config.data
+        # CAMs of VOC are scored on its training images, as the field does, and segmenters on the others.
+        standard = "val" if data.format == "voc" and data.eval else data.eval
+        return self.config.predict.split or standard
 
     @cached_property
     def segmented(self) -> Dataset | None:
@@ -302,12 +305,12 @@ class Session:
             common: list[object] = [run.seed, run.precision]
             if name == "warmup":
                 mine = [config.warmup, config.camnet, _identity(self.given_backbone), self.train.fingerprint()]
+                mine += _state_of(config.camnet.weights)
             elif name == "cacl":
                 words = self.backgrounds and {name: self.backgrounds.get(name) for name in self.train.classes}
                 mine = [config.cacl, config.encoder, config.prompts, words]
                 mine += [_identity(self.given_encoder), self.key("warmup")]
-                if (checkpoint := Path(config.encoder.name)).is_file():
-                    mine += [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
+                mine += _state_of(config.encoder.name)
             elif name == "cams":
                 mine = [config.cams, self.key("cacl")]
             elif name == "irn":
@@ -316,7 +319,7 @@ class Session:
                 mine = [config.masks, self.key("irn")]
             elif name == "segment":
                 own = config.segment.backbone or [config.camnet, _identity(self.given_backbone)]
-                mine = [config.segment, own, self.key("masks")]
+                mine = [config.segment, own, self.key("masks"), *_state_of(config.segment.weights)]
             elif name == "predict":
                 photos = self.segmented and self.segmented.fingerprint()
                 mine = [config.predict.model_copy(update={"split": ""}), photos, self.key("segment")]
@@ -362,6 +365,12 @@ Body = Callable[[Session, Path, dict[str, Any]], None]
 
 def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps([repr(part) for part in parts]).encode()).hexdigest()[:16]
+
+
+def _state_of(file: str) -> list[int]:
+    """Size and time of a file; nothing for what is a name."""
+    path = Path(file)
+    return [path.stat().st_size, path.stat().st_mtime_ns] if file and path.is_file() else []
 
 
 def _identity(module: object) -> str:

@@ -98,7 +98,8 @@ class CAMNetwork(Table):
 
     backbone: str = "resnet50"
     weights: str = "DEFAULT"
-    """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones; empty for random ones."""
+    """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones, or the path of a file with some;
+    empty for random ones."""
 
 
 class Training(Table):
@@ -231,7 +232,7 @@ class Predict(Refined):
     """``[predict]``: masks by the segmenter."""
 
     split: str = ""
-    """Split that masks are made for; empty for that of ``[data] eval``."""
+    """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data."""
     longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
     """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
     gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
@@ -354,11 +355,12 @@ def _absolute(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
         values = tables.get(table)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = str(folder / Path(values[key]).expanduser())
-    encoder = tables.get("encoder")
-    if isinstance(encoder, dict) and isinstance(encoder.get("name"), str):
-        checkpoint = folder / Path(encoder["name"]).expanduser()
-        if checkpoint.is_file():  # else it is a model's name
-            encoder["name"] = str(checkpoint)
+    for table, key in (("encoder", "name"), ("camnet", "weights"), ("segment", "weights")):
+        values = tables.get(table)
+        if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
+            checkpoint = folder / Path(values[key]).expanduser()
+            if checkpoint.is_file():  # else it is a name
+                values[key] = str(checkpoint)
     return tables
 
 

@@ -81,6 +81,10 @@ class _PhotoToProbabilities(nn.Module):
     def __init__(self, net: DeepLabV2) -> None:
         super().__init__()
         self.net = net
+        for module in list(net.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.MaxPool2d) and not (child.ceil_mode or child.return_indices):
+                    setattr(module, name, _MaxPool(child))
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
@@ -88,6 +92,21 @@ class _PhotoToProbabilities(nn.Module):
         logits = self.net((photo - self.mean) / self.std)
         assert isinstance(logits, Tensor)
         return probabilities(logits, (photo.shape[2], photo.shape[3]))
+
+
+class _MaxPool(nn.Module):
+    """The same values by steps of 1 of which most are dropped: the division in the size of larger steps keeps torch
+    up to 2.9 from leaving the size open."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        rows, columns = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
+        self.steps = (..., slice(None, None, rows), slice(None, None, columns))
+        self.pool = nn.MaxPool2d(pool.kernel_size, 1, pool.padding, pool.dilation)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(images)
+        return pooled[self.steps]
 
 
 def _program(net: DeepLabV2) -> ExportedProgram:

@@ -114,3 +114,17 @@ def test_stages_runs_and_writes_its_numbers(tmp_path: Path) -> None:
     wanted = {"label mining, torch", "IRNet, a training step at 512×512", "random walk", "masks, torch"}
     assert wanted <= set(data["steps"])
     assert all(row["ms"] > 0 and row["MB"] >= 0 for row in data["steps"].values())
+
+
+@pytest.mark.slow
+def test_predict_measures_both_and_they_agree(tmp_path: Path) -> None:
+    file = tmp_path / "predict.json"
+    command = [sys.executable, BENCHMARKS / "predict.py", "--backbone", "resnet18", "--size", "60", "80"]
+    command += ["--count", "3", "--rounds", "1", "--no-crf", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["same"] > 0.999
+    assert list(result["runs"]) == ["plain loop", "cacl predict"]
+    assert all(row["seconds"] > 0 and row["MB"] > 100 for row in result["runs"].values())
+    assert "times as fast" in done.stdout

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from drawn import picture
 
 from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, bg_suppression_loss, itc_loss, region_loss
 from cacl.crf import dense_crf
+from cacl.deeplab import DeepLabV2, segmentation_loss
 from cacl.irn import affinity_loss
 from cacl.random_walk import propagate
+from cacl.segment import segment_photos
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -81,3 +85,42 @@ def test_random_walk_and_crf_equal_the_cpu_s(randn):
     probabilities = cams.softmax(0).numpy()
     one, two = (dense_crf(image, probabilities, backend="torch", device=device) for device in ("cpu", "cuda"))
     assert abs(one - two).max() < 1e-3
+
+
+def test_the_segmenters_loss_equals_the_cpu_s_and_never_waits(randn):
+    net = DeepLabV2(4, backbone="resnet18", weights=None)
+    images = randn(2, 3, 64, 72)
+    masks = torch.randint(0, 4, (2, 64, 72), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        net.to(device).train()
+        given, target = images.to(device), masks.to(device)
+        segmentation_loss(net(given), target).backward()
+        net.zero_grad()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            loss = segmentation_loss(net(given), target)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([loss.detach(), *(branch.weight.grad.clone() for branch in net.aspp)])
+    torch.testing.assert_close(results[1], results[0], check_device=False, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_of_photos_equal_the_cpu_s(tmp_path, workers):
+    torch.manual_seed(0)
+    net = DeepLabV2(4, backbone="scenes")
+    photos = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(photos[:4]):
+        picture(i, (48 + i, 64))[0].save(path)
+    masks = []
+    for device in ("cpu", "cuda"):
+        settings = {"device": device, "workers": workers, "progress": False}
+        masks.append([mask for _, mask in segment_photos(net.to(device), photos, _mask, **settings)])
+    assert "4.png: no such file" in str(masks[0].pop()) == str(masks[1].pop())
+    assert np.mean([np.mean(a == b) for a, b in zip(*masks, strict=True)]) > 0.99
+
+
+def _mask(index, pixels, mask):
+    return mask

@@ -56,7 +56,8 @@ def test_custom_dataset(tmp_path, clip_state):
     settings = [
         "encoder.name=clip.pt", "camnet.backbone=resnet18", "camnet.weights=", "run.workers=0", "cams.scales=[1.0]",
         "warmup.epochs=1", "warmup.crop=32", "warmup.batch_size=2", "cacl.epochs=1", "cacl.crop=32",
-        "cacl.batch_size=2",
+        "cacl.batch_size=2", "segment.backbone=", "segment.weights=cacl", "segment.epochs=1", "segment.crop=32",
+        "segment.batch_size=2",
     ]  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
     example("custom_dataset.py", "photos", "--words", "words.json", *options, cwd=tmp_path)
