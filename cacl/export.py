@@ -19,6 +19,8 @@ from cacl.segment import Segmenter
 
 SMALLEST = 32
 """Shortest side in pixels that an exported segmenter takes; four times its trunk's stride where that is more."""
+LARGEST = 1 << 16
+"""Longest side; without one, torch up to 2.9 asks whether sizes overflow."""
 
 
 def export_segmenter(segmenter: Segmenter, out: Path) -> Path:
@@ -28,16 +30,17 @@ def export_segmenter(segmenter: Segmenter, out: Path) -> Path:
     the classes, ``(1, C, H, W)`` float32: what ``DeepLabV2.predict(normalize(photo)[None])`` gives. It is made for
     the CPU and can be moved. It does not scale down large photos, as ``cacl predict`` does to 1024 pixels.
 
-    With ``.pt2`` (the same torch or a newer one reads it):
+    With ``.pt2`` (torch promises to read it with the version that wrote it; others may):
 
     .. code-block:: python
 
         names = {"classes.json": ""}
         net = torch.export.load("segmenter.pt2", extra_files=names).module()  # needs torch only; .to("cuda") works
-        mask = net(photo).argmax(1)
+        with torch.no_grad():
+            mask = net(photo).argmax(1)
         json.loads(names["classes.json"])  # ["background", "cat", …], the name of each value in the mask
 
-    With ``.onnx`` (needs the extra ``onnx``, to be written only):
+    With ``.onnx`` (to be written, it needs the extra ``onnx`` and torch 2.7 or newer):
 
     .. code-block:: python
 
@@ -95,8 +98,8 @@ class _PhotoToProbabilities(nn.Module):
 
 
 class _MaxPool(nn.Module):
-    """The same values by steps of 1 of which most are dropped: the division in the size of larger steps keeps torch
-    up to 2.9 from leaving the size open."""
+    """The same values by steps of 1 of which some are kept: torch up to 2.9 asks whether the size divides by larger
+    steps, and so cannot leave it open."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
@@ -116,10 +119,10 @@ def _program(net: DeepLabV2) -> ExportedProgram:
             stride = -(-128 // net.logits(torch.zeros(1, 3, 128, 128)).shape[-1])
             # At half the size there must be more than one cell: symbolic sizes take 1 for a case of its own.
             smallest = max(SMALLEST, 4 * stride)
-            sides = {axis: torch.export.Dim(name, min=smallest) for axis, name in ((2, "height"), (3, "width"))}
+            height, width = (torch.export.Dim(name, min=smallest, max=LARGEST) for name in ("height", "width"))
             photo = torch.zeros(1, 3, 3 * smallest + 1, 4 * smallest + 3, dtype=torch.uint8)
             program = torch.export.export(
-                _PhotoToProbabilities(net), (photo,), dynamic_shapes={"photo": sides}, strict=False
+                _PhotoToProbabilities(net), (photo,), dynamic_shapes={"photo": {2: height, 3: width}}, strict=False
             )
     except Exception as error:  # torch raises many kinds, and a backbone of one's own any
         raise _cannot(f"torch {torch.__version__}", error) from error
