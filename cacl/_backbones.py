@@ -73,21 +73,23 @@ class ResNet(nn.Module):
 
     def _lay_out(self, *, caffe: bool) -> None:
         """Strides and pooling as in Caffe's ResNets; without them its weights see an image that is a pixel off."""
+        if caffe == self.caffe:
+            return
         self.caffe = caffe
         for module in self.stem.children():
             if isinstance(module, nn.MaxPool2d):
                 module.ceil_mode = caffe
         for block in self.layers.modules():
             first, second = getattr(block, "conv1", None), getattr(block, "conv2", None)
-            if caffe and hasattr(block, "conv3") and isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d):
+            if hasattr(block, "conv3") and isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d):
                 first.stride, second.stride = second.stride, first.stride
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.caffe)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if bool(state) and not self.caffe:
-            self._lay_out(caffe=True)
+        if bool(state) != self.caffe:
+            self._lay_out(caffe=bool(state))
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(self.stem(images))

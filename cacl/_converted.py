@@ -15,6 +15,7 @@ from cacl._files import load_state
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 _CAFFE_MEAN = (122.675, 116.669, 104.008)  # of red, green, blue, in 0 … 255
+_CAFFE_BLOCK = "layer2.block1.reduce.conv.weight"
 _PARTS = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": ("conv3", "bn3")}
 
 
@@ -32,9 +33,14 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
         ValueError: if the file is no checkpoint, or not all of the backbone is in it; says how much is.
     """
     found = _flat(load_state(path))
-    caffe = any(re.search(r"block1\.reduce\.conv\.weight$", name) for name in found)
-    translate = _caffe_name if caffe else _torchvision_name
-    state = {own: value for name, value in found.items() if (own := translate(name)) is not None}
+    caffe = any(name.endswith(_CAFFE_BLOCK) for name in found)
+    marker = _CAFFE_BLOCK if caffe else "layer1.0.conv1.weight"
+    prefixes = [name.removesuffix(marker) for name in found if name.endswith(marker)]
+    if len(prefixes) > 1:
+        raise InputError(f"{path}: expected the weights of one ResNet, but it has {', '.join(map(repr, prefixes))}")
+    translate, prefix = _caffe_name if caffe else _torchvision_name, "".join(prefixes)
+    inside = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    state = {own: value for name, value in inside.items() if (own := translate(name)) is not None}
     if caffe:
         _take_over_input(state)
     wanted = {k: v for k, v in backbone.state_dict().items() if not k.endswith(("num_batches_tracked", "_extra_state"))}
@@ -59,14 +65,14 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _torchvision_name(name: str) -> str | None:
-    match = re.search(r"(?:^|\.)(conv1|bn1|layer([1-4])\.\d+)\.([\w.]+)$", name)
-    return _own(match[1], match[3]) if match else None
+    match = re.fullmatch(r"(conv1|bn1|layer[1-4]\.\d+)\.([\w.]+)", name)
+    return _own(match[1], match[2]) if match else None
 
 
 def _caffe_name(name: str) -> str | None:
-    if match := re.search(r"(?:^|\.)layer1\.conv1\.(conv|bn)\.(\w+)$", name):
+    if match := re.fullmatch(r"layer1\.conv1\.(conv|bn)\.(\w+)", name):
         return _own("conv1" if match[1] == "conv" else "bn1", match[2])
-    match = re.search(r"(?:^|\.)layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)$", name)
+    match = re.fullmatch(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)", name)
     if match is None or match[3] not in (*_PARTS, "shortcut"):
         return None
     norm = match[4] == "bn"

@@ -75,10 +75,10 @@ def load_state(path: Path) -> dict[str, Any]:
 def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) -> None:
     """Load a state dict that fits in every name and shape, or refuse and leave the module as it was."""
     own = module.state_dict()
+    state = {**{name: value for name, value in own.items() if name.endswith("_extra_state")}, **state}
     fitting = [k for k, v in own.items() if isinstance(state.get(k), Tensor) and state[k].shape == v.shape]
     wrong = [name for name in (*own, *state) if name not in fitting]
     if wrong:
-        wrong.sort(key=lambda name: name.endswith("_extra_state"))  # a weight says more
         name = wrong[0]
         sizes = [tuple(x[name].shape) if isinstance(x.get(name), Tensor) else "nothing" for x in (own, state)]
         raise InputError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cacl._checks import InputError
+from cacl._files import read_json
 from cacl._session import Session
 from cacl.cams import ImageCAMs, load_cams, predict_cams
 from cacl.config import Config
@@ -82,7 +83,7 @@ def cam_gallery(session: Session) -> Gallery | None:
     """CAMs after the warm-up beside those after CA-CL (the paper's figure 4), of images that were not trained on if
     there are any."""
     stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
-    return _compared(session, {title: (session, stage) for title, stage in stages.items() if trained(session, stage)})
+    return _compared(session, {title: (session, stage) for title, stage in stages.items() if finished(session, stage)})
 
 
 def step_gallery(session: Session) -> Gallery | None:
@@ -112,7 +113,7 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     if dataset is None:
         return None
     chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
-    labelled = trained(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
+    labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
     titles = ["photo", *(["CAM after CA-CL", f"its mask at {BACKGROUND_SCORE}"] if labelled else [])]
     gallery = Gallery(dataset, [*titles, prediction_title(session), *_truth_title(dataset, chosen)])
@@ -176,7 +177,7 @@ def open_ablation(session: Session, folder: Path) -> Ablation | None:
 
     for seed in sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name)):
         try:
-            config = load_config(seed / "start")
+            config = Config.of_run(seed / "start")
             names = ablate._folders(config)
             variants = {table: ablate.variants(config, table) for table in ("4", "5")}
         except InputError as error:
@@ -189,7 +190,7 @@ def open_ablation(session: Session, folder: Path) -> Ablation | None:
                 out = seed / names[repr(variant.changes)]
                 changed = config.changed(variant.changes).changed({"run": {"out": out}})
                 own = Session(changed, session.given_encoder, session.given_backbone, None)
-                if trained(own, "cacl") and set(own.metrics.get("cacl", {}).get("iou", ())) <= known:
+                if finished(own, "cacl") and set(own.metrics.get("cacl", {}).get("iou", ())) <= known:
                     own.train = session.train  # the same classes, or the weights do not fit
                     single = changed.prompts.templates if variant.name.startswith("only") else ()
                     found[table][single[0] if single else "DCPS" if table == "4" else variant.name] = own
@@ -207,31 +208,20 @@ def ablation_galleries(session: Session, ablation: Ablation) -> tuple[Gallery | 
     return galleries[0], galleries[1]
 
 
-def trained(session: Session, stage: str) -> bool:
-    """Whether a run has the network of a stage."""
-    return (session.out / stage / "model.pt").is_file()
+def finished(session: Session, stage: str) -> bool:
+    """Whether a stage has finished."""
+    return read_json(session.out / stage / "stage.json").get("finished") is True
 
 
 def predicted(session: Session) -> Dataset | None:
     """The images that the stage ``predict`` made masks for, if it has."""
-    made = (session.out / "predict" / "eval").is_dir()
-    return session.segmented if made else None
+    return session.segmented if finished(session, "predict") else None
 
 
 def prediction_title(session: Session) -> str:
     """What the masks of the stage ``predict`` are."""
     metrics = session.metrics.get("predict", {})
     return f"{metrics.get('what', 'segmentation')}{' + CRF' if metrics.get('crf') else ''}"
-
-
-def load_config(run: Path) -> Config:
-    """The configuration of a run folder, also of one that was moved, or that an older version wrote.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    # With another folder to write to, since a run's own configuration is taken for a mistake where it would change.
-    return Config.load(run / "config.toml", ["run.out=elsewhere"]).changed({"run": {"out": run.absolute()}})
 
 
 def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, masks: bool = True) -> Gallery | None:

@@ -80,6 +80,15 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
+def can_be_sent(value: object) -> bool:
+    """Whether another process can be given ``value``: not if its class is made in a function or in a notebook."""
+    try:
+        text = pickle.dumps(value)
+    except Exception:  # pickle raises many kinds
+        return False
+    return b"__main__" not in text or hasattr(sys.modules["__main__"], "__file__")
+
+
 class _Process(SpawnProcess):
     """A new interpreter that sees the variables for one thread, and the user's script only if it is needed there.
 

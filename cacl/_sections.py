@@ -164,12 +164,12 @@ def segmentation(session: Session, gallery: Gallery | None) -> Section:
     if gallery is None:
         section.blocks.append(Block(note="Not there yet: the stages segment and predict make it."))
         return section
-    about = f"{prediction_title(session)} on the split {session.segmented_split} (the paper's figure 5)."
+    about = f"{prediction_title(session)} on the split {session.config.segmented_split} (the paper's figure 5)."
     section.blocks.append(Block(about, galleries=[("", gallery)]))
     if ranked := ranked_galleries(session):
         about = (
             "Mean IoU of the single image, over the background and the classes that occur in its ground truth or its "
-            f"prediction; {prediction_title(session)}, split {session.segmented_split}."
+            f"prediction; {prediction_title(session)}, split {session.config.segmented_split}."
         )
         section.blocks.append(Block(about, galleries=list(zip(("Best photos", "Hardest photos"), ranked, strict=True))))
     else:

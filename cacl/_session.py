@@ -94,18 +94,11 @@ class Session:
         dataset = self.open(self.config.data.eval)
         return dataset if any(entry.mask for entry in dataset.entries) else None
 
-    @property
-    def segmented_split(self) -> str:
-        """The split that the segmenter makes masks for; empty for none."""
-        data = self.config.data
-        # CAMs of VOC are scored on its training images, as the field does, and segmenters on the others.
-        standard = "val" if data.format == "voc" and data.eval else data.eval
-        return self.config.predict.split or standard
-
     @cached_property
     def segmented(self) -> Dataset | None:
-        """The images of :attr:`segmented_split`, with masks or without."""
-        return self.open(self.segmented_split) if self.segmented_split else None
+        """The images that the segmenter makes masks for, with masks or without."""
+        split = self.config.segmented_split
+        return self.open(split) if split else None
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -164,6 +157,10 @@ class Session:
         """DeepLabV2 with the weights that it starts from, or with those of the stage ``segment``."""
         table = self.config.segment
         of_cacl = table.weights == "cacl"
+        if not table.backbone and not of_cacl and table.weights != "DEFAULT":
+            raise InputError(
+                f'[segment] weights: expected "DEFAULT" or "cacl" where no backbone is named, but got {table.weights!r}'
+            )
         own = {"backbone": table.backbone, "weights": "" if of_cacl else table.weights} if table.backbone else {}
         make = partial(DeepLabV2, len(self.train.classes) + 1, freeze_batch_norm=table.freeze_batch_norm)
         path = self.out / "segment" / "model.pt"
@@ -255,9 +252,9 @@ class Session:
             self.segmenter()
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
-            splits = {self.config.data.train: self.train, self.config.data.eval: self.eval}
-            splits[self.segmented_split] = self.segmented
-            problems = [line for data in splits.values() if data is not None for line in check(data, progress=True)]
+            datasets = [data for data in (self.train, self.eval, self.segmented) if data is not None]
+            different = {data.entries: data for data in datasets}.values()
+            problems = [line for data in different for line in check(data, progress=True)]
             if problems:
                 raise InputError("\n".join(dict.fromkeys(problems)))
         try:
@@ -337,7 +334,7 @@ class Session:
         dataset: Dataset | None = getattr(self, role) if role else None
         if role is None or dataset is None or not any(entry.mask for entry in dataset.entries):
             return
-        split = self.segmented_split if role == "segmented" else getattr(self.config.data, role)
+        split = self.config.segmented_split if role == "segmented" else getattr(self.config.data, role)
         settings = self.config.predict.longest if role == "segmented" else self.config.cams
         key = _hash(self.key(name), settings, split, self.fingerprints[role])
         if self.metrics.get(name, {}).get("key") == key:

@@ -32,8 +32,8 @@ class CAMNet(nn.Module):
             first convolution and batch norm are frozen; ``"scenes"`` for a small network of output stride 8, made for
             :mod:`cacl.scenes`; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an attribute ``out_channels``,
             which is taken as it is.
-        weights: torchvision's name of the pretrained weights (downloaded once), or None for random ones; for a named
-            backbone only. ``"scenes"`` brings its own, ``"DEFAULT"``.
+        weights: torchvision's name of the pretrained weights (downloaded once), the path of a file with some, or None
+            for random ones; for a named backbone only. ``"scenes"`` brings its own, ``"DEFAULT"``.
 
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cacl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cacl: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = options.command in (_run, _ablate)
+        print(f"cacl: stopped{'; the same command goes on from the last checkpoint' * resumes}", file=sys.stderr)
         return 130
     except NotFiniteError as error:
         print(f"cacl: {error}", file=sys.stderr)
@@ -118,8 +119,9 @@ def _check(options: argparse.Namespace) -> int:
     if path.is_dir():
         problems = datasets.check_folder(path, progress=True)
     else:
-        data = Config.load(options.path, options.set).data
-        splits = [split for split in (data.train, data.eval) if split]
+        config = Config.load(options.path, options.set)
+        data = config.data
+        splits = list(dict.fromkeys(s for s in (data.train, data.eval, config.segmented_split) if s))
         problems = datasets.check_folder(data.root, format=data.format, splits=splits, progress=True)
     for problem in problems:
         print(problem)
@@ -168,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlay", action="store_true", help="also draw the masks over the photos, with a legend")
     predict.add_argument("--no-crf", action="store_true", help="the network's output as it is: faster")
     predict.add_argument(
-        "--longest", type=int, metavar="N", help="scale larger photos down to N pixels (default: 1024)"
+        "--longest", type=int, metavar="N", help="scale larger photos down to N pixels (default: the run's)"
     )
     predict.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one)")
     predict.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

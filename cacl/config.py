@@ -290,6 +290,23 @@ class Config(Table):
             raise InputError(f"{name}: [run] out: expected another folder: this file would be overwritten")
         return config
 
+    @classmethod
+    def of_run(cls, run: Path) -> Config:
+        """The configuration of a run folder, also of one that was moved or that an older version wrote.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        # With another folder to write to, since a run's own configuration is taken for a mistake where it would change.
+        return cls.load(run / "config.toml", ["run.out=elsewhere"]).changed({"run": {"out": run.absolute()}})
+
+    @property
+    def segmented_split(self) -> str:
+        """The split that the segmenter makes masks for; empty for none."""
+        # CAMs of VOC are scored on its training images, as the field does, and segmenters on the others.
+        standard = "val" if self.data.format == "voc" and self.data.eval else self.data.eval
+        return self.predict.split or standard
+
     def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Config:
         """A copy with other values, table -> key -> value."""
         return Config.model_validate(_merge(self.model_dump(), changes))

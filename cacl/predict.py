@@ -15,7 +15,7 @@ from torch import nn
 
 from cacl._checks import InputError
 from cacl._device import find_device
-from cacl._files import replacing
+from cacl._files import read_json, replacing
 from cacl.config import Config, Predict
 from cacl.crf import Backend, check_backend
 from cacl.masks import save_mask
@@ -81,17 +81,19 @@ def predict(
     names = _names(found)
     targets = [out / f"{name}.png" for name in names]
     known = {photo.resolve(): photo for photo, _ in found}
-    for target in targets:
+    pictures = [out / "overlays" / f"{name}.jpg" for name in names] if overlays else None
+    for target in [*targets, *(pictures or ())]:
         if target.resolve() in known:
             raise InputError(f"{known[target.resolve()]}: expected another folder `out`: this photo would be replaced")
-    pictures = [out / "overlays" / f"{name}.jpg" for name in names] if overlays else None
+    backend = check_backend(backend)
     settings = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
+    settings |= {"backend": backend, "device": place if backend == "torch" else "cpu"}
     results = segment_photos(
         segmenter.net.to(place),
         [photo for photo, _ in found],
         _Writing(targets, pictures, segmenter.classes),
         longest=table.longest if longest is None else longest,
-        crf={**settings, "backend": check_backend(backend)} if crf and table.iterations else None,
+        crf=settings if crf and table.iterations else None,
         device=place,
         workers=(os.cpu_count() or 1) if workers is None else workers,
         progress=progress,
@@ -114,11 +116,12 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
     path = Path(path)
     if not path.is_dir():
         return load_segmenter(path, backbone=backbone), Predict()
-    model, config = path / "segment" / "model.pt", path / "config.toml"
-    for file in (config, model):
-        if not file.is_file():
-            raise InputError(f"{path}: expected a run folder whose stage `segment` has finished: no {file}")
-    return load_segmenter(model, backbone=backbone), Config.load(config).predict
+    stage = path / "segment"
+    if not (path / "config.toml").is_file() or read_json(stage / "stage.json").get("finished") is not True:
+        raise InputError(
+            f"{path}: expected a run folder whose stage `segment` has finished, as {stage}/stage.json says"
+        )
+    return load_segmenter(stage / "model.pt", backbone=backbone), Config.of_run(path).predict
 
 
 def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
@@ -129,9 +132,11 @@ def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tupl
         if path.is_dir():
             inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
             # What an earlier call made in this very folder is no photo.
-            photos = [p for p in sorted(inside) if p.suffix.lower() in ENDINGS and not p.is_relative_to(out)]
+            every = [p for p in sorted(inside) if p.suffix.lower() in ENDINGS]
+            photos = [p for p in every if not p.resolve().is_relative_to(out.resolve())]
             if not photos:
-                problems.append(f"{path}: no photos here (files that end in {', '.join(ENDINGS)})")
+                reason = f"besides those in `out`, {out}" if every else f"(files that end in {', '.join(ENDINGS)})"
+                problems.append(f"{path}: no photos here {reason}")
             for photo in photos:
                 found.setdefault(photo.resolve(), (photo, photo.relative_to(path)))
         elif path.exists():

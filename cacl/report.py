@@ -12,12 +12,20 @@ from cacl import __version__, _sections
 from cacl._chart import check_report
 from cacl._checks import InputError, check_positive
 from cacl._files import replacing, write_text
-from cacl._galleries import Gallery, cam_gallery, load_config, open_ablation, segmentation_gallery, step_gallery
+from cacl._galleries import Gallery, cam_gallery, open_ablation, segmentation_gallery, step_gallery
 from cacl._page import Page, render
 from cacl._session import Session
+from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 
 logger = logging.getLogger("cacl")
+
+_MAKERS: Mapping[str, Callable[[Session], Gallery | None]] = {
+    "cams": cam_gallery,
+    "masks": step_gallery,
+    "segmentation": segmentation_gallery,
+}
+"""The tables of photos, each also a picture of that name."""
 
 
 def report(
@@ -47,7 +55,7 @@ def report(
         ImportError: if the extra for it is missing.
     """
     check_report()
-    config = load_config(Path(run))
+    config = Config.of_run(Path(run))
     if images is not None:
         check_positive("images", images)
         config = config.changed({"report": {"images": images}})
@@ -77,13 +85,13 @@ def write_report(session: Session, folder: Path) -> Path:
 
 
 def _galleries(session: Session) -> dict[str, Gallery]:
-    makers: dict[str, Callable[[Session], Gallery | None]]
-    makers = {"cams": cam_gallery, "masks": step_gallery, "segmentation": segmentation_gallery}
-    galleries = {name: make(session) for name, make in makers.items()}
+    galleries = {name: make(session) for name, make in _MAKERS.items()}
     return {name: gallery for name, gallery in galleries.items() if gallery is not None}
 
 
 def _write_pictures(folder: Path, galleries: Mapping[str, Gallery]) -> None:
+    for name in {*_MAKERS, "index"} - set(galleries):  # of an earlier time, when there was more to show
+        (folder / name).with_suffix(".html" if name == "index" else ".png").unlink(missing_ok=True)
     for name, gallery in galleries.items():
         with replacing(folder / f"{name}.png") as file:
             gallery.sheet().save(file, "PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from cacl._checks import InputError, check_integer
 from cacl._files import load_state, load_weights, save_state
-from cacl._pool import map_processes
+from cacl._pool import can_be_sent, map_processes
 from cacl.camnet import evaluating
 from cacl.cams import sgd, to_make
 from cacl.crf import DenseCRF
@@ -31,6 +32,8 @@ from cacl.metrics import IGNORE, ConfusionMatrix
 from cacl.pictures import Pixels
 from cacl.training import Batch, Loop, train
 from cacl.transforms import normalize
+
+logger = logging.getLogger("cacl")
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -162,15 +165,20 @@ def segment_photos(
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
     check_integer("longest", longest, 1)
-    reading, finishing = _Reading(photos, longest), _Finishing(finish, dict(crf) if crf else None)
+    reading, finishing = _Reading(photos, longest), _Finishing(finish, dict(crf) if crf is not None else None)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(device).type == "cpu":
+        if workers > 1 and not can_be_sent(net):
+            logger.info("%s: in one process, as the network's backbone cannot be sent to others", desc)
+            workers = 0
         results = map_processes(_Whole(net, reading, finishing), range(len(photos)), workers=workers)
     else:
         loader = DataLoader(
             reading, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
         )
-        results = map_processes(finishing, (_infer(net, photo, device) for photo in loader), workers=workers)
+        on_gpu = torch.device((crf or {}).get("device", "cpu")).type != "cpu"
+        logits = (_infer(net, photo, device) for photo in loader)
+        results = map_processes(finishing, logits, workers=0 if on_gpu else workers)
     return iter(tqdm(results, total=len(photos), desc=desc, unit="image", disable=None if progress else True))
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 
 from cacl import CAMNet
+from cacl._files import load_weights
 from cacl.deeplab import DeepLabV2
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -38,6 +39,24 @@ def test_torchvision_names(tmp_path, prefix, nest):
     with torch.no_grad():
         expected = network.layer2(network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(images))))))
     torch.testing.assert_close(features, expected)
+
+
+def test_the_trunk_among_other_networks(tmp_path):
+    network = randomised(resnet18(weights=None))
+    state = {f"backbone.{k}": v for k, v in network.state_dict().items()}
+    state |= {"decoder.conv1.weight": torch.zeros(48, 256, 1, 1), "decoder.bn1.weight": torch.zeros(64)}
+    torch.save(state, tmp_path / "w.pth")
+    net = DeepLabV2(3, backbone="resnet18", weights=str(tmp_path / "w.pth"))
+    assert torch.equal(net.backbone.stem[1].weight, network.bn1.weight)
+    torch.save(state | {f"momentum.{k}": v for k, v in network.state_dict().items()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"the weights of one ResNet, but it has 'backbone.', 'momentum.'"):
+        DeepLabV2(3, backbone="resnet18", weights=str(tmp_path / "w.pth"))
+
+
+def test_a_checkpoint_from_before_layouts_were_saved():
+    net = DeepLabV2(3, backbone="resnet18", weights=None)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("_extra_state")}
+    load_weights(DeepLabV2(3, backbone="resnet18", weights=None), state, "old.pt")
 
 
 class Unit(nn.Sequential):

@@ -235,7 +235,9 @@ def test_commands_to_come_have_not_come():
 
 
 def test_commands_in_the_text_exist():
-    commands = set(re.findall(r"^    ([\w-]+)(?: |$)", cli._parser().format_help(), re.MULTILINE)) | set(COMMANDS_TO_COME)
+    commands = set(re.findall(r"^    ([\w-]+)(?: |$)", cli._parser().format_help(), re.MULTILINE)) | set(
+        COMMANDS_TO_COME
+    )
     for page in PAGES:
         for program, first, rest in re.findall(
             r"`(python|cacl) ([\w./-]+)([^`\n]*)`", page.read_text(encoding="utf-8")

@@ -182,6 +182,32 @@ def test_bad_photos_are_listed_before_the_first_step_and_nothing_is_lost(root, t
     assert files(tmp_path / "out") == before
 
 
+def test_every_split_is_looked_at_before_the_first_step(root, tmp_path):
+    table = (root / "dataset.csv").read_text()
+    for i in range(9):
+        table = table.replace(f"masks/{i}.png", "")
+    (root / "dataset.csv").write_text(table)
+    (root / "images/4.png").write_text("broken")
+    with pytest.raises(ValueError, match=r"images/4.png: not an image that decodes"):
+        run(root, tmp_path / "out", "data.eval=train", "predict.split=val")
+    (root / "images/7.png").write_text("broken")
+    with pytest.raises(ValueError, match=r"images/7.png: not an image that decodes"):
+        run(root, tmp_path / "out", "data.eval=", "predict.split=val")
+    with pytest.raises(
+        ValueError, match=r'\[segment\] weights: expected "DEFAULT" or "cacl" where no backbone is named'
+    ):
+        run(root, tmp_path / "out", "segment.weights=mine.pth")
+
+
+def test_the_segmenter_may_start_from_ca_cl(root, tmp_path):
+    settings = ["segment.weights=cacl", "segment.epochs=0", "segment.freeze_batch_norm=false"]
+    out = run(root, tmp_path / "out", *settings).out
+    one, two = (torch.load(out / f"{stage}/model.pt", weights_only=True) for stage in ("cacl", "segment"))
+    assert torch.equal(one["backbone.conv.weight"], two["weights"]["backbone.conv.weight"])
+    with pytest.raises(ValueError, match=r"\[segment\] weights: the backbone of \[camnet\]: does not fit: 1 of"):
+        run(root, tmp_path / "out2", *settings, "segment.backbone=resnet18")
+
+
 def test_bad_masks_of_the_training_images_show_before_the_first_step(root, tmp_path):
     Image.new("L", (64, 48), 7).save(root / "masks/2.png")
     with pytest.raises(ValueError, match=r"masks/2.png: expected values 0 to 2 or 255, but got 7"):

@@ -137,6 +137,13 @@ def test_photos_are_never_written_over(model, tmp_path, capsys):
     assert "a.png: expected another folder `out`: this photo would be replaced" in capsys.readouterr().err
     (tmp_path / "link").symlink_to(tmp_path)
     assert main(["predict", str(model), str(photo), "--out", str(tmp_path / "link")]) == 2
+    (tmp_path / "q/overlays").mkdir(parents=True)
+    drawn = tmp_path / "q/overlays/a.jpg"
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(drawn)
+    assert main(["predict", str(model), str(drawn), "--out", str(tmp_path / "q"), "--overlay"]) == 2
+    assert "this photo would be replaced" in capsys.readouterr().err
+    with Image.open(drawn) as file:
+        assert file.size == (40, 30)
     assert photo.read_bytes() == before
 
 
@@ -145,6 +152,8 @@ def test_masks_in_a_folder_of_photos_are_no_photos(model, tmp_path):
     for _ in range(2):
         made = predict(model, [tmp_path], tmp_path / "masks", overlays=True, workers=0)
         assert made.masks == [tmp_path / "masks/a.png"]
+    with pytest.raises(ValueError, match="no photos here besides those in `out`"):
+        predict(model, [tmp_path], tmp_path, workers=0)
     (tmp_path / "loop").symlink_to(tmp_path)
     assert len(predict(model, [tmp_path, tmp_path / "a.jpg"], tmp_path / "masks", workers=0).masks) == 1
 
@@ -169,10 +178,12 @@ def test_a_run_folder_brings_its_settings(model, tmp_path, monkeypatch):
     (run / "segment").mkdir(parents=True)
     (run / "segment/model.pt").write_bytes(model.read_bytes())
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"run: expected a run folder whose stage `segment` has finished: no .*toml"):
-        predict(run, [tmp_path / "a.png"], tmp_path / "out")
     config = Config.load("voc", [f"data.root={tmp_path}", "predict.longest=77", "predict.iterations=4"])
-    (run / "config.toml").write_text(config.to_toml())
+    (run / "config.toml").write_text(config.to_toml() + "# a remark")
+    for state in ('{"finished": false}', '{"finished": true}'):
+        with pytest.raises(ValueError, match=r"run: expected a run folder whose stage `segment` has finished"):
+            predict(run, [tmp_path / "a.png"], tmp_path / "out")
+        (run / "segment/stage.json").write_text(state)
     seen = []
 
     def spy(net, photos, finish, **settings):

@@ -51,6 +51,7 @@ def predict(out, root, *, ids=(6, 7, 8), miou=0.5):
         mask = np.array(Image.open(root / f"masks/{i}.png"))
         mask[: 12 + 9 * (i - 6)] = 0  # the first is perfect, the last the worst
         save_mask(out / f"predict/eval/{i}.png", mask)
+    (out / "predict/stage.json").write_text('{"finished": true}')
     known = json.loads((out / "metrics.json").read_text())
     own = {"split": "val", "images": 3, "iou": {"background": 0.9, "boat": 0.4, "train": 0.2}}
     known["segment"] = {"what": "DeepLabV2", "crf": False, "miou": miou - 0.0123, **own}

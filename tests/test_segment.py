@@ -118,6 +118,17 @@ def test_the_number_of_processes_changes_nothing(dataset, net, crf):
             assert np.array_equal(one[1], two[1])
 
 
+def test_a_backbone_that_cannot_be_sent_to_other_processes(dataset, caplog):
+    class Local(TinyBackbone):
+        pass
+
+    net = DeepLabV2(3, backbone=Local())
+    with caplog.at_level("INFO", "cacl"):
+        photos = [entry.image for entry in dataset.entries]
+        assert len(list(segment_photos(net, photos, keep, crf=None, workers=2, progress=False))) == 6
+    assert "in one process" in caplog.text
+
+
 def test_large_photos_are_scaled_down_and_masks_have_the_photos_size(tmp_path, net):
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
