@@ -16,7 +16,8 @@ from cacl.prompts import DEFAULT_TEMPLATES
 SETTINGS = [
     "data.format=csv", "run.device=cpu", "run.workers=0", "warmup.epochs=1", "warmup.batch_size=3", "warmup.crop=32",
     "warmup.lr=0.01", "cacl.epochs=1", "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cams.scales=[1.0]",
-    "data.eval=val", "data.train=train", "backgrounds.n=5",
+    "data.eval=val", "data.train=train", "backgrounds.n=5", "segment.backbone=", "segment.epochs=1",
+    "segment.batch_size=3", "segment.crop=32", "segment.lr=0.001",
 ]  # fmt: skip
 
 
