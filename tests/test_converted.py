@@ -56,7 +56,9 @@ def test_the_trunk_among_other_networks(tmp_path):
 def test_a_checkpoint_from_before_layouts_were_saved():
     net = DeepLabV2(3, backbone="resnet18", weights=None)
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("_extra_state")}
-    load_weights(DeepLabV2(3, backbone="resnet18", weights=None), state, "old.pt")
+    again = DeepLabV2(3, backbone="resnet18", weights=None)
+    load_weights(again, state, "old.pt")
+    assert torch.equal(again.aspp[0].weight, net.aspp[0].weight)
 
 
 class Unit(nn.Sequential):
