@@ -88,8 +88,7 @@ class ResNet(nn.Module):
         return torch.tensor(self.caffe)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if bool(state) != self.caffe:
-            self._lay_out(caffe=bool(state))
+        self._lay_out(caffe=bool(state))
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(self.stem(images))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cacl._chart import GRID, INK, MUTED, PAPER, any_letters, check_report
 from cacl._galleries import Gallery
+from cacl.metrics import IGNORE
 from cacl.pictures import Pixels, palette
 
 if TYPE_CHECKING:
@@ -136,4 +137,4 @@ def picture_uri(pixels: Pixels) -> str:
 
 def _colour(value: int) -> str:
     """The colour of a mask value in CSS; white for what is ignored."""
-    return "#ffffff" if value == 255 else "#" + palette()[value].tobytes().hex()
+    return "#ffffff" if value == IGNORE else "#" + palette()[value].tobytes().hex()

@@ -83,7 +83,7 @@ def _segmenter(session: Session, dataset: Dataset) -> Record:
 
 
 def _predictions(session: Session, dataset: Dataset) -> Record:
-    masked = [i for i, entry in enumerate(dataset.entries) if entry.mask is not None]
+    masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
     for i in masked:
         made = read_mask(session.out / "predict" / "eval" / f"{dataset.entries[i].id}.png")

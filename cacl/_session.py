@@ -56,6 +56,7 @@ class Session:
     given_backbone: nn.Module | None
     callback: Callback | None
     keys: dict[str, str] = field(default_factory=dict)
+    opened: dict[str, Dataset] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -76,11 +77,13 @@ class Session:
         return {"scales": table.scales, "flip": table.flip, "device": self.device, "workers": self.workers}
 
     def open(self, split: str) -> Dataset:
-        """A split of the data set, which is drawn if it is one of scenes."""
-        data = self.config.data
-        if data.format == "scenes":
-            scenes.generate(data.root, **self.config.scenes.model_dump(), workers=self.workers)
-        return open_dataset(data.format, data.root, split)
+        """A split of the data set, which is drawn if it is one of scenes; listed once, whoever asks for it."""
+        if split not in self.opened:
+            data = self.config.data
+            if data.format == "scenes":
+                scenes.generate(data.root, **self.config.scenes.model_dump(), workers=self.workers)
+            self.opened[split] = open_dataset(data.format, data.root, split)
+        return self.opened[split]
 
     @cached_property
     def train(self) -> Dataset:
@@ -92,7 +95,7 @@ class Session:
         if not self.config.data.eval:
             return None
         dataset = self.open(self.config.data.eval)
-        return dataset if any(entry.mask for entry in dataset.entries) else None
+        return dataset if dataset.masked else None
 
     @cached_property
     def segmented(self) -> Dataset | None:
@@ -332,7 +335,7 @@ class Session:
         """Mean IoU of what a finished stage gives: on the split to evaluate, or of the training images."""
         role = SCORED_ON.get(name)
         dataset: Dataset | None = getattr(self, role) if role else None
-        if role is None or dataset is None or not any(entry.mask for entry in dataset.entries):
+        if role is None or dataset is None or not dataset.masked:
             return
         split = self.config.segmented_split if role == "segmented" else getattr(self.config.data, role)
         settings = self.config.predict.longest if role == "segmented" else self.config.cams

@@ -212,7 +212,7 @@ def evaluate_cams(
     Raises:
         ValueError: if no image has a mask.
     """
-    masked = [i for i, entry in enumerate(dataset.entries) if entry.mask is not None]
+    masked = dataset.masked
     if not masked:
         raise expected("dataset", "images with masks", "none with one")
     num_classes = len(dataset.classes)

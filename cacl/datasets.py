@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,17 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         if path is None:
             raise InputError(f"{self.entries[index].image}: the image has no mask")
         return read_mask(path)
+
+    @property
+    def masked(self) -> list[int]:
+        """The indices of the images that have a mask."""
+        return [i for i, entry in enumerate(self.entries) if entry.mask is not None]
+
+    def with_masks(self, folder: Path) -> Dataset:
+        """The same images with other masks: ``<id>.png`` in a folder."""
+        other = copy.copy(self)
+        other.entries = tuple(entry._replace(mask=folder / f"{entry.id}.png") for entry in self.entries)
+        return other
 
     def fingerprint(self, *, masks: bool = False) -> str:
         """A hash of classes, ids, labels, and sizes and times of the images (and masks): changes when the data does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,8 +92,6 @@ def train_irnet(
     """
     net.train()
     optimizer = sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
-    mined = copy.copy(dataset)
-    mined.entries = tuple(entry._replace(mask=labels / f"{entry.id}.png") for entry in dataset.entries)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         assert batch.masks is not None
@@ -102,7 +99,7 @@ def train_irnet(
         terms = affinity_loss(edges, displacements, batch.masks.to(edges.device, non_blocking=True), radius=radius)
         return {"loss": terms.total, **{name: value for name, value in terms._asdict().items() if name != "total"}}
 
-    train(step, {"net": net}, optimizer, mined, loop, name="irn", **run)
+    train(step, {"net": net}, optimizer, dataset.with_masks(labels), loop, name="irn", **run)
 
 
 def walk_cams(
@@ -233,7 +230,7 @@ def refine_cams(
 
 def evaluate_refined(dataset: Dataset, cams: Path, **settings: Any) -> tuple[ConfusionMatrix, int]:
     """CAMs after a CRF against the masks: settings as for :func:`refine_cams`; also the number of images."""
-    masked = [i for i, entry in enumerate(dataset.entries) if entry.mask is not None]
+    masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
     for index, mask in refine_cams(dataset, cams, masked, **settings):
         matrix.update(dataset.mask(index).numpy(), mask)

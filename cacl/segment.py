@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,6 @@ def train_segmenter(
     """
     net.train()
     optimizer = sgd(net.parameter_groups(lr, head_factor=head_factor), momentum, weight_decay, loop)
-    pseudo = copy.copy(dataset)
-    pseudo.entries = tuple(entry._replace(mask=masks / f"{entry.id}.png") for entry in dataset.entries)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         assert batch.masks is not None
@@ -99,7 +96,7 @@ def train_segmenter(
         logits = net(batch.images)
         return {"loss": segmentation_loss(logits, batch.masks.to(batch.images.device, non_blocking=True))}
 
-    train(step, {"net": net}, optimizer, pseudo, loop, name="segment", **run)
+    train(step, {"net": net}, optimizer, dataset.with_masks(masks), loop, name="segment", **run)
 
 
 def save_segmenter(path: Path, net: DeepLabV2, classes: Sequence[str], backbone: str) -> None:
@@ -205,7 +202,7 @@ def make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, *, keep: bool 
 
 def evaluate_segmenter(net: DeepLabV2, dataset: Dataset, **settings: Any) -> tuple[ConfusionMatrix, int]:
     """The segmenter against the masks: settings as for :func:`segment_photos`; also the number of images."""
-    masked = [i for i, entry in enumerate(dataset.entries) if entry.mask is not None]
+    masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
     photos = [dataset.entries[i].image for i in masked]
     for _, counts in segment_photos(net, photos, _Counting(dataset, masked), desc="evaluate", **settings):
