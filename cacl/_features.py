@@ -1,8 +1,17 @@
-"""Features as every loss here takes them: unit length, float32."""
+"""What the losses have in common: features of unit length in float32, and means and sums over pairs."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
+
+from cacl._checks import check_choice
+from cacl._processes import count, total
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def full(x: Tensor) -> Tensor:
@@ -21,3 +30,17 @@ def unit(x: Tensor) -> Tensor:
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of the last dimension. A product and a sum: matmul would fall to half precision under autocast."""
     return (unit(x) * unit(y)).sum(-1)
+
+
+def reduced(loss: Tensor, reduction: Reduction, across: bool = False) -> Tensor:
+    """Mean or sum of a loss's parts, 0 with a graph where there are none; ``across`` as for :func:`cacl.itc_loss`."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        return loss
+    processes = count() if across else 1
+    if processes == 1:
+        return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+    if reduction == "sum":
+        return loss.sum() * processes
+    everywhere = total(torch.full((), float(loss.numel()), device=loss.device))
+    return loss.sum() * (processes / everywhere.clamp(min=1)).to(loss.dtype)

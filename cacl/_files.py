@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,21 +16,84 @@ import torch
 from torch import Tensor, nn
 
 from cacl._checks import InputError, first_line
+from cacl._processes import once, rank
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # what went wrong before is what counts
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an :class:`OSError` say which file it was."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder that no other run uses meanwhile; among the processes of one run, rank 0 sees to it.
+
+    The lock is the system's on a file, so that it ends with the process that holds it, however that ends.
+
+    Raises:
+        ValueError: if another run is using the folder, or it cannot be written to.
+    """
+    file = once(lambda: _lock(folder))
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        if file is not None and rank() == 0:
+            (folder / _LOCK).unlink(missing_ok=True)
+            os.close(file)
+            with suppress(OSError):  # of a run that was refused, nothing stays
+                folder.rmdir()
+
+
+_LOCK = ".lock"
+
+
+def _lock(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    path = folder / _LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
+            except (BlockingIOError, PermissionError):
+                owner = os.read(file, 100).decode(errors="replace").strip()
+                os.close(file)
+                raise InputError(f"{folder}: another run is using this folder ({owner})") from None
+            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+                break
+            os.close(file)  # its owner ended just now and removed it
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, but {error.strerror or error}") from None
+    return file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON object, but {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, but got {type(value).__name__}")
@@ -56,12 +121,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Save tensors, numbers and strings in dicts and lists; the same state gives the same bytes."""
     with replacing(path) as file:
-        torch.save(_canonical(state), file)
+        try:
+            torch.save(_canonical(state), file)
+        except RuntimeError as error:  # torch's own, of a file that could not be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """What :func:`save_state` wrote, on the CPU."""
     try:
+        check_inflated(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -70,6 +141,15 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise InputError(f"{path}: expected a checkpoint, but got {type(state).__name__}")
     return state
+
+
+def check_inflated(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than its own size: torch does not compress tensors."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size + 2**28:
+            raise ValueError(f"it would unpack to {size} bytes")
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) -> None:

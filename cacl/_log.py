@@ -1,18 +1,22 @@
-"""``log.jsonl`` and ``times.json``: what a run measured while it trained, and what each stage cost."""
+"""``log.jsonl``, ``times.json`` and progress bars: what a run measured, what each stage cost, how far it is."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cacl._files import read_json, write_json, write_text
+from tqdm import tqdm
+
+from cacl._files import naming, read_json, write_json, write_text
+from cacl._processes import rank
 
 Record = dict[str, Any]
 Callback = Callable[[Record], None]
+T = TypeVar("T")
 
 
 class Log:
@@ -22,9 +26,10 @@ class Log:
         self.path = path
 
     def write(self, record: Record) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[Record]:
         """All whole lines; a line that was cut off by a kill is left out."""
@@ -50,9 +55,15 @@ class Log:
         return self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
 
 
+def watched(items: Iterable[T], *, total: int, desc: str, progress: bool, unit: str = "image", initial: int = 0) -> Any:
+    """``items`` with a progress bar where there is a terminal, in one of several processes."""
+    hidden = None if progress and rank() == 0 else True
+    return tqdm(items, total=total, initial=initial, desc=desc, unit=unit, disable=hidden)
+
+
 @contextmanager
 def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float]]:
-    """Add up in ``path`` the seconds that a stage takes over all its stops, and this process's peak memory in it.
+    """Add up in ``path`` the seconds that a stage takes over all its stops, and the peak memory in it, of rank 0.
 
     Args:
         path: ``times.json``: stage -> ``seconds``, and ``memory_mb`` where the system says it.
@@ -72,7 +83,8 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
         cost["seconds"] = round(cost["seconds"] + time.monotonic() - start, 2)
         if (peak := _peak_mb()) is not None:
             cost["memory_mb"] = max(peak, cost.get("memory_mb", 0.0))
-        write_json(path, {**read_json(path), stage: cost})
+        if rank() == 0:
+            write_json(path, {**read_json(path), stage: cost})
 
 
 def _peak_mb() -> float | None:

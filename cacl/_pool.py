@@ -80,6 +80,25 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def naming_dead_loaders() -> Iterator[None]:
+    """One line for what a ``DataLoader`` raises when one of its processes was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            "A process that loads images died: it was killed (out of memory?). With 0 workers no process is needed."
+        ) from None
+
+
+def leave_signals(worker: int) -> None:
+    """In a process of a ``DataLoader``: whoever is asked to stop ends it, and needs its images until then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def can_be_sent(value: object) -> bool:
     """Whether another process can be given ``value``: not if its class is made in a function or in a notebook."""
     try:
@@ -99,7 +118,8 @@ class _Process(SpawnProcess):
     needs_main = True
 
     def start(self) -> None:
-        with _environment(_ONE_THREAD), _main_module(sys.modules["__main__"] if self.needs_main else _NO_MAIN):
+        main = sys.modules["__main__"] if self.needs_main else _NO_MAIN
+        with _environment(_ONE_THREAD), _main_module(main), _without_interrupts():
             super().start()
 
 
@@ -128,6 +148,19 @@ def _main_module(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C, which reaches the parent too, waits; a process that is started here never sees it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -150,7 +183,7 @@ def _prepare(task: bytes) -> None:
     global _task
     _task = task
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be kept away from the start
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

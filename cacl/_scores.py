@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacl._log import Record
+from cacl._processes import share, together, total_counts
 from cacl.cams import evaluate_cams
 from cacl.datasets import Dataset
 from cacl.images import read_mask
@@ -85,9 +86,11 @@ def _segmenter(session: Session, dataset: Dataset) -> Record:
 def _predictions(session: Session, dataset: Dataset) -> Record:
     masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
-    for i in masked:
-        made = read_mask(session.out / "predict" / "eval" / f"{dataset.entries[i].id}.png")
-        matrix.update(dataset.mask(i).numpy(), made.numpy())
+    with together():
+        for i in share(masked):
+            made = read_mask(session.out / "predict" / "eval" / f"{dataset.entries[i].id}.png")
+            matrix.update(dataset.mask(i).numpy(), made.numpy())
+    matrix.counts = total_counts(matrix.counts)
     crf = session.config.predict.iterations > 0
     return {"what": "DeepLabV2", "crf": crf, "images": len(masked), **_iou(matrix.iou, dataset.classes)}
 

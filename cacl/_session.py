@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -20,9 +20,9 @@ from torch import nn
 
 from cacl import scenes
 from cacl._checks import InputError
-from cacl._device import find_device
-from cacl._files import load_state, load_weights, read_json, write_json, write_text
+from cacl._files import load_state, load_weights, read_json, save_state, write_json, write_text
 from cacl._log import Callback, Log, Record, measured
+from cacl._processes import local_count, local_device, once, rank, together
 from cacl._scores import SCORED_ON, describe, score
 from cacl.camnet import CAMNet
 from cacl.config import Config, Refined, Training
@@ -64,11 +64,11 @@ class Session:
 
     @cached_property
     def device(self) -> torch.device:
-        return find_device(self.config.run.device, "[run] device")
+        return local_device(self.config.run.device, "[run] device")
 
     @property
     def workers(self) -> int:
-        return min(self.config.run.workers, os.cpu_count() or 1)
+        return min(self.config.run.workers, max(1, (os.cpu_count() or 1) // local_count()))
 
     @property
     def inference(self) -> dict[str, Any]:
@@ -81,7 +81,8 @@ class Session:
         if split not in self.opened:
             data = self.config.data
             if data.format == "scenes":
-                scenes.generate(data.root, **self.config.scenes.model_dump(), workers=self.workers)
+                drawn = self.config.scenes.model_dump()
+                once(partial(scenes.generate, data.root, **drawn, workers=self.workers))
             self.opened[split] = open_dataset(data.format, data.root, split)
         return self.opened[split]
 
@@ -107,7 +108,8 @@ class Session:
     def fingerprints(self) -> dict[str, str]:
         """Of the data sets, with their masks, as this run found them."""
         datasets = {"train": self.train, "eval": self.eval, "segmented": self.segmented}
-        return {name: dataset.fingerprint(masks=True) for name, dataset in datasets.items() if dataset is not None}
+        found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+        return once(lambda: {name: dataset.fingerprint(masks=True) for name, dataset in found.items()})
 
     @cached_property
     def encoder(self) -> ImageTextEncoder:
@@ -155,6 +157,17 @@ class Session:
         if state is not None:
             load_weights(net, state, path)
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def compiled(self, net: Network) -> Network:
+        """The network, to be trained."""
+        if self.config.run.compile:
+            net.compile()
+        return net
+
+    def save(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Write what a stage leaves behind, in one of the processes that have it."""
+        if rank() == 0:
+            save_state(path, state)
 
     def segmenter(self, *, trained: bool = False) -> DeepLabV2:
         """DeepLabV2 with the weights that it starts from, or with those of the stage ``segment``."""
@@ -234,6 +247,12 @@ class Session:
 
     def prepare(self, stages: Sequence[str]) -> None:
         """Check settings and data before the first step, and write down the configuration."""
+        with together():
+            self._check_settings(stages)
+        _ = self.fingerprints  # by all of them
+        once(self._check_data)
+
+    def _check_settings(self, stages: Sequence[str]) -> None:
         for before, name in pairwise(STAGES):
             if name in stages and before not in stages and not self.finished(before):
                 raise InputError(f"{self.out}: the stage {before!r} has not finished with these settings; run it first")
@@ -253,6 +272,8 @@ class Session:
             self.irnet()
         if "segment" in stages and not self.finished("segment"):
             self.segmenter()
+
+    def _check_data(self) -> None:
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
             datasets = [data for data in (self.train, self.eval, self.segmented) if data is not None]
@@ -260,43 +281,49 @@ class Session:
             problems = [line for data in different for line in check(data, progress=True)]
             if problems:
                 raise InputError("\n".join(dict.fromkeys(problems)))
-        try:
-            write_text(self.out / "config.toml", self.config.to_toml())
-            write_json(self.out / "data.json", self.fingerprints)
-        except OSError as error:
-            raise InputError(f"{self.out}: expected a folder to write to, but {error.strerror or error}") from None
+        write_text(self.out / "config.toml", self.config.to_toml(self.out))
+        write_json(self.out / "data.json", self.fingerprints)
 
     def do(self, name: str, body: Body, *, resume: bool) -> None:
         """One stage, unless it is finished, and its evaluation, unless that is known."""
         key, folder = self.key(name), self.out / name
-        path = folder / "stage.json"
-        state = read_json(path)
-        same = resume and state.get("key") == key
-        if same and state.get("finished"):
-            logger.info("%s: finished before", name)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)  # left by a kill just after the stage
-        else:
-            if not same:
-                if state:
-                    reason = "its settings or data changed" if resume else "that was asked for"
-                    logger.info("%s: done again, since %s", name, reason)
-                # Nothing of another run stays, and what builds on this stage is done again too.
-                for later in STAGES[STAGES.index(name) :]:
-                    (self.out / later / "stage.json").unlink(missing_ok=True)
-                    self.keep_metrics(later, None)
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
-                for files in (folder / name for name in _FILES):
-                    if files.is_symlink():
-                        files.unlink()
-                    elif files.is_dir():
-                        shutil.rmtree(files)
-            write_json(path, {"key": key, "finished": False})
-            with measured(self.out / "times.json", name, again=not same) as cost:
+        state = once(lambda: self._begin(name, resume=resume))
+        if not state.get("finished"):
+            with measured(self.out / "times.json", name, again=not state) as cost:
                 body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
-            write_json(path, {"key": key, "finished": True})
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            once(lambda: self._end(name))
             logger.info("%s: finished in %.0f s", name, cost["seconds"])
         self.evaluate(name)
+
+    def _begin(self, name: str, *, resume: bool) -> dict[str, Any]:
+        """What is known of a stage with these settings, in the way of which nothing lies; empty if it begins anew."""
+        key, folder = self.key(name), self.out / name
+        path = folder / "stage.json"
+        state = read_json(path)
+        if resume and state.get("key") == key:
+            if state.get("finished"):
+                logger.info("%s: finished before", name)
+                (folder / "checkpoint.pt").unlink(missing_ok=True)  # left by a kill just after the stage
+            return state
+        if state:
+            reason = "its settings or data changed" if resume else "that was asked for"
+            logger.info("%s: done again, since %s", name, reason)
+        # Nothing of another run stays, and what builds on this stage is done again too.
+        for later in STAGES[STAGES.index(name) :]:
+            (self.out / later / "stage.json").unlink(missing_ok=True)
+            self.keep_metrics(later, None)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for files in (folder / name for name in _FILES):
+            if files.is_symlink():
+                files.unlink()
+            elif files.is_dir():
+                shutil.rmtree(files)
+        write_json(path, {"key": key, "finished": False})
+        return {}
+
+    def _end(self, name: str) -> None:
+        write_json(self.out / name / "stage.json", {"key": self.key(name), "finished": True})
+        (self.out / name / "checkpoint.pt").unlink(missing_ok=True)
 
     def key(self, name: str) -> str:
         """A hash of everything that a stage's result depends on, the stages before it included."""
@@ -340,10 +367,10 @@ class Session:
         split = self.config.segmented_split if role == "segmented" else getattr(self.config.data, role)
         settings = self.config.predict.longest if role == "segmented" else self.config.cams
         key = _hash(self.key(name), settings, split, self.fingerprints[role])
-        if self.metrics.get(name, {}).get("key") == key:
+        if once(lambda: self.metrics.get(name, {}).get("key")) == key:
             return
         metrics = {**score(self, name, dataset), "split": split, "key": key}
-        self.keep_metrics(name, metrics)
+        once(lambda: self.keep_metrics(name, metrics))
         logger.info("%s", describe(name, metrics))
 
     @property

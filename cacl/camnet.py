@@ -86,6 +86,7 @@ class CAMNet(nn.Module):
         scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
         flip: bool = True,
         size: tuple[int, int] | None = None,
+        classes: Tensor | None = None,
         activation: Literal["relu", "sigmoid"] = "relu",
     ) -> Tensor:
         """Multi-scale CAMs for inference: summed over scales and the mirror image, each divided by its maximum.
@@ -98,16 +99,19 @@ class CAMNet(nn.Module):
             scales: factors of the image's size.
             flip: add the mirror image's maps.
             size: ``(height, width)`` of the result; the images' own by default.
+            classes: ``(C,)`` class indices, whose maps are made instead of all K.
             activation: what turns scores to CAMs; ``"relu"`` as in the code that the paper builds on.
 
         Returns:
-            ``(B, K, height, width)`` float32 in [0, 1]; a map without any positive score is 0.
+            ``(B, K or C, height, width)`` float32 in [0, 1]; a map without any positive score is 0.
         """
         check_tensor("images", images, "(B, 3, H, W)")
         check_choice("activation", activation, ("relu", "sigmoid"))
         if not scales or min(scales) <= 0:
             raise expected("scales", "positive factors, at least one", tuple(scales))
         height, width = images.shape[-2:]
+        if classes is not None and not len(classes):
+            return images.new_zeros(len(images), 0, *(size or (height, width)), dtype=torch.float32)
         total = torch.zeros((), device=images.device)
         with evaluating(self):
             for scale in scales:
@@ -116,6 +120,7 @@ class CAMNet(nn.Module):
                 if target != (height, width):
                     scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False)
                 maps = self.scores(torch.cat((scaled, scaled.flip(-1))) if flip else scaled).float()
+                maps = maps if classes is None else maps[:, classes]
                 maps = maps.sigmoid() if activation == "sigmoid" else maps.relu()
                 if flip:
                     straight, mirrored = maps.chunk(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from cacl._checks import InputError, expected
-from cacl._files import replacing
+from cacl._checks import InputError, expected, first_line
+from cacl._files import check_inflated, replacing
+from cacl._log import watched
+from cacl._pool import leave_signals, naming_dead_loaders
+from cacl._processes import share, together, total_counts
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset
-from cacl.metrics import SCORES, Sweep, threshold_sweep
+from cacl.metrics import SCORES, Sweep, count_scores, sweep_of
 from cacl.training import Batch, Loop, train
 from cacl.transforms import normalize
 
@@ -66,9 +67,9 @@ def train_classifier(
     optimizer = sgd(net.parameter_groups(lr), momentum, weight_decay, loop)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
-        logits = net.classify(batch.images).float()
+        logits = net(batch.images).scores.mean((2, 3)).float()
         labels = batch.labels.to(logits.device, non_blocking=True)
-        return {"loss": F.multilabel_soft_margin_loss(logits, labels)}
+        return {"loss": F.multilabel_soft_margin_loss(logits, labels) * batch.share}
 
     train(step, {"net": net}, optimizer, dataset, loop, name="warmup", **run)
 
@@ -133,7 +134,8 @@ def make_cams(
     """Write the multi-scale CAMs of every image, one ``<id>.npz`` each; :func:`load_cams` reads them.
 
     Each file holds ``classes`` (the present classes' indices) and ``maps`` (float16, one a present class, at a
-    quarter of the image's size, maximum 1), and is whole or not there.
+    quarter of the image's size, maximum 1), and is whole or not there. Where ``torch.distributed`` has a default group,
+    all its processes call this: each makes its share, and none goes on before all have.
 
     Args:
         net: the network, on ``device``.
@@ -146,16 +148,18 @@ def make_cams(
         keep: leave out images that have a file already.
         progress: show a progress bar where there is a terminal.
     """
-    for index, cams in predict_cams(
-        net, dataset, to_make(dataset, out, ".npz", keep=keep),
-        scales=scales, flip=flip, device=device, workers=workers, progress=progress,
-    ):  # fmt: skip
-        save_cams(out / f"{dataset.entries[index].id}.npz", cams)
+    with together():
+        for index, cams in predict_cams(
+            net, dataset, to_make(dataset, out, ".npz", keep=keep),
+            scales=scales, flip=flip, device=device, workers=workers, progress=progress,
+        ):  # fmt: skip
+            save_cams(out / f"{dataset.entries[index].id}.npz", cams)
 
 
 def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:
-    """The indices of the images, but for those that have a file in ``out`` which is kept."""
-    return [i for i, entry in enumerate(dataset.entries) if not (keep and (out / f"{entry.id}{ending}").is_file())]
+    """The indices of this process's share of the images, but for those that have a file in ``out`` which is kept."""
+    mine = share(range(len(dataset)))
+    return [i for i in mine if not (keep and (out / f"{dataset.entries[i].id}{ending}").is_file())]
 
 
 def save_cams(path: Path, cams: ImageCAMs) -> None:
@@ -171,16 +175,23 @@ def load_cams(path: Path, num_classes: int) -> ImageCAMs:
         ValueError: if the file is missing or holds something else.
     """
     try:
+        check_inflated(path)
         with np.load(path, allow_pickle=False) as arrays:
-            classes, maps = arrays["classes"], arrays["maps"]
+            classes, maps = np.asarray(arrays["classes"]), np.asarray(arrays["maps"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a file of CAMs ({error})") from None
+    except Exception as error:  # NumPy raises many kinds; each means that the file is something else
+        raise InputError(f"{path}: not a file of CAMs ({first_line(error)})") from None
+    if classes.dtype.kind not in "iu" or maps.dtype not in (np.float16, np.float32, np.float64):
+        raise InputError(
+            f"{path}: expected classes of integers and maps of floats, but got {classes.dtype}, {maps.dtype}"
+        )
     if classes.ndim != 1 or maps.ndim != 3 or len(maps) != len(classes):
         raise InputError(f"{path}: expected classes (C,) and maps (C, h, w), but got {classes.shape} and {maps.shape}")
     if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
         raise InputError(f"{path}: expected classes 0 to {num_classes - 1}, but got {classes.tolist()}")
+    if len(classes) and not maps.size:
+        raise InputError(f"{path}: expected maps of at least one pixel, but got {maps.shape}")
     if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):
         raise InputError(f"{path}: expected maps that are finite and not negative")
     return ImageCAMs(classes.astype(np.int64), maps)
@@ -199,6 +210,8 @@ def evaluate_cams(
 ) -> Sweep:
     """IoU of CAMs, of the image's labels only, at every background score; images without a mask are left out.
 
+    Shared out over the processes of ``torch.distributed``'s default group, as :func:`make_cams` is.
+
     Args:
         source: a network, or a folder of :func:`make_cams`.
         dataset: images, labels and masks.
@@ -215,22 +228,25 @@ def evaluate_cams(
     masked = dataset.masked
     if not masked:
         raise expected("dataset", "images with masks", "none with one")
-    num_classes = len(dataset.classes)
+    num_classes, mine = len(dataset.classes), share(masked)
     if isinstance(source, CAMNet):
         predictions = predict_cams(
-            source, dataset, masked, scales=scales, flip=flip, device=device, workers=workers, progress=progress,
+            source, dataset, mine, scales=scales, flip=flip, device=device, workers=workers, progress=progress,
             desc="evaluate",
         )  # fmt: skip
     else:
-        files = ((i, load_cams(source / f"{dataset.entries[i].id}.npz", num_classes)) for i in masked)
-        predictions = tqdm(files, total=len(masked), desc="evaluate", unit="image", disable=None if progress else True)
+        files = ((i, load_cams(source / f"{dataset.entries[i].id}.npz", num_classes)) for i in mine)
+        predictions = watched(files, total=len(mine), desc="evaluate", progress=progress)
 
     def samples() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]]:
         for index, cams in predictions:
             mask = dataset.mask(index).numpy()
             yield mask, cams.classes, cams.resized(mask.shape)
 
-    return threshold_sweep(samples(), num_classes, scores=scores)
+    with together():
+        joint, images = count_scores(samples(), num_classes, scores=scores)
+    counts = total_counts(np.append(joint.reshape(-1), images))
+    return sweep_of(counts[:-1].reshape(joint.shape), int(counts[-1]), scores)
 
 
 def predict_cams(
@@ -246,22 +262,32 @@ def predict_cams(
     desc: str = "cams",
 ) -> Iterator[tuple[int, ImageCAMs]]:
     """(index, CAMs of the image's labels) of some images, one by one; arguments as for :func:`make_cams`."""
-    images = load_images(dataset, indices, workers)
-    for index, image in tqdm(images, total=len(indices), desc=desc, unit="image", disable=None if progress else True):
+    images = load_images(dataset, indices, workers, pinned=torch.device(device).type == "cuda")
+    for index, image in watched(images, total=len(indices), desc=desc, progress=progress):
         classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64)
         size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
-        images = image[None].to(device, memory_format=torch.channels_last)
-        maps = net.predict(images, scales=scales, flip=flip, size=size)[0][classes]
+        photo = image[None].to(device, memory_format=torch.channels_last, non_blocking=True)
+        maps = net.predict(photo, scales=scales, flip=flip, size=size, classes=classes)[0]
         yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())
 
 
-def load_images(dataset: Dataset, indices: Sequence[int], workers: int) -> Iterator[tuple[int, Tensor]]:
-    """(index, normalised ``(3, H, W)``) of some images, loaded by ``workers`` processes."""
-    loader = DataLoader(_Images(dataset, indices), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for index, image in loader:
-        if isinstance(image, InputError):
-            raise image
-        yield index, image
+def load_images(
+    dataset: Dataset, indices: Sequence[int], workers: int, *, pinned: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(index, normalised ``(3, H, W)``) of some images, loaded by ``workers`` processes, ``pinned`` for a GPU."""
+    loader = DataLoader(
+        _Images(dataset, indices),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=leave_signals,
+        generator=torch.Generator(),
+    )
+    with naming_dead_loaders():
+        for index, image in loader:
+            if isinstance(image, InputError):
+                raise image
+            yield index, image
 
 
 class _Images(torch.utils.data.Dataset[Any]):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import cacl
 from cacl._checks import InputError, NotFiniteError
+from cacl._processes import ElsewhereError, is_first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,21 +24,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cacl")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first() else logging.WARNING)
     try:
-        return int(options.command(options))
-    except (InputError, ImportError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        print(f"cacl: {error}", file=sys.stderr)
+        with _terminating():
+            return int(options.command(options))
+    except ElsewhereError:  # another process of the run says it
         return 2
-    except KeyboardInterrupt:
-        resumes = options.command in (_run, _ablate)
-        print(f"cacl: stopped{'; the same command goes on from the last checkpoint' * resumes}", file=sys.stderr)
-        return 130
+    except (InputError, ImportError, OSError) as error:  # OSError: a full disk, a process that died
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"cacl: {message}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, _Terminated) as stop:
+        if is_first():
+            resumes = options.command in (_run, _ablate)
+            print(f"cacl: stopped{'; the same command goes on from the last checkpoint' * resumes}", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
     except NotFiniteError as error:
-        print(f"cacl: {error}", file=sys.stderr)
+        if is_first():
+            print(f"cacl: {error}", file=sys.stderr)
         return 1
     finally:
         logger.removeHandler(handler)
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Make SIGTERM end the command as Ctrl-C does: what is open is closed, what was begun is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -47,8 +81,9 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(pipeline.plan(config, stages, resume=not options.restart)))
         return 0
     result = pipeline.run(config, stages=stages, resume=not options.restart)
-    print(result.summary())
-    print(f"run folder: {result.out}")
+    if is_first():
+        print(result.summary())
+        print(f"run folder: {result.out}")
     return 0
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cacl._checks import InputError, did_you_mean
-from cacl.prompts import DEFAULT_TEMPLATES
+from cacl._checks import InputError, did_you_mean, shown
+from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 PRESETS = ("voc", "coco", "scenes")
 _ASSETS = Path(__file__).with_name("assets")
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+Batch = Annotated[int, Field(ge=1, le=2**16, strict=True)]
+Side = Annotated[int, Field(ge=16, le=2**14, strict=True)]
+Radius = Annotated[int, Field(ge=1, le=64, strict=True)]
+Epochs = Annotated[float, Field(ge=0, le=1e6, strict=True)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Cosine = Annotated[float, Field(ge=-1, le=1, strict=True)]
@@ -31,6 +36,14 @@ class Table(BaseModel):
     """One table of the TOML file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str | Path) and ("\0" in str(text) or not _is_utf8(str(text))):
+                raise ValueError(f"expected text in UTF-8 without zeros, but got {_short(str(text))}")
+        return value
 
 
 class Run(Table):
@@ -47,6 +60,10 @@ class Run(Table):
     checkpoint_seconds: Weight = 60.0
     crf: Literal["auto", "pydensecrf", "torch"] = "auto"
     """Backend of the CRFs; ``"auto"`` takes pydensecrf if it is installed."""
+    compile: Switch = False
+    """``torch.compile`` the networks that are trained."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6, strict=True)] = 1800.0
+    """In a run of several processes, one that has not answered for so long is given up."""
 
 
 class Data(Table):
@@ -83,6 +100,11 @@ class Prompts(Table):
 
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
+    @field_validator("templates")
+    @classmethod
+    def _are_templates(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(PromptSet(templates))
+
 
 class Backgrounds(Table):
     """``[backgrounds]``: the background words."""
@@ -105,13 +127,13 @@ class CAMNetwork(Table):
 class Training(Table):
     """What every stage that trains has."""
 
-    epochs: Weight
-    batch_size: Positive = 16
+    epochs: Epochs
+    batch_size: Batch = 16
     lr: Weight
     momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     weight_decay: Weight = 1e-4
     schedule: Literal["cosine", "poly", "constant"]
-    crop: Annotated[int, Field(ge=16, strict=True)] = 512
+    crop: Side = 512
     scale: tuple[Weight, Weight] = (0.625, 1.25)
     """Range of the longer side over ``crop``."""
 
@@ -119,7 +141,7 @@ class Training(Table):
 class Warmup(Training):
     """``[warmup]``: the multi-label classifier; 0 epochs start CA-CL from the backbone's own weights."""
 
-    epochs: Weight = 5
+    epochs: Epochs = 5
     lr: Weight = 0.1
     schedule: Literal["cosine", "poly", "constant"] = "poly"
 
@@ -127,7 +149,7 @@ class Warmup(Training):
 class CACL(Training):
     """``[cacl]``: CA-CL training, under the paper's names."""
 
-    epochs: Weight = 20
+    epochs: Epochs = 20
     lr: Weight = 2.5e-4
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
     margin: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.5
@@ -165,12 +187,12 @@ class Refined(Table):
 class IRN(Training, Refined):
     """``[irn]``: label mining and IRNet (Ahn et al. 2019)."""
 
-    epochs: Weight = 3
+    epochs: Epochs = 3
     lr: Weight = 0.1
     """Of the edge branch; that of the displacement branch is ten times that."""
     schedule: Literal["cosine", "poly", "constant"] = "poly"
     scale: tuple[Weight, Weight] = (0.5, 1.5)
-    radius: Positive = 10
+    radius: Radius = 10
     """Pairs of pixels of the stride-4 grid that are less than this apart are looked at."""
     foreground_score: Share = 0.30
     background_score: Share = 0.10
@@ -185,7 +207,7 @@ class Masks(Refined):
     """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
     power: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
     """Of the CAMs before the walk; above 1 for CAMs that reach far beyond the objects."""
-    radius: Positive = 5
+    radius: Radius = 5
     beta: Weight = 10.0
     steps: Count = 256
 
@@ -202,8 +224,8 @@ class Segment(Training):
     """A torchvision ResNet or ``"scenes"``; empty for that of ``[camnet]``, or the one that was passed in."""
     weights: str = "DEFAULT"
     """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
-    epochs: Weight
-    batch_size: Positive = 10
+    epochs: Epochs
+    batch_size: Batch = 10
     lr: Weight
     """Of the trunk."""
     head_factor: Weight = 10.0
@@ -212,7 +234,7 @@ class Segment(Training):
     momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
     weight_decay: Weight = 5e-4
     schedule: Literal["cosine", "poly", "constant"] = "poly"
-    crop: Annotated[int, Field(ge=16, strict=True)] = 321
+    crop: Side = 321
     scale: tuple[Weight, Weight] = (0.78, 2.34)
     """The range of the longer side over ``crop``: half to three halves of a photo of 500 pixels."""
 
@@ -278,16 +300,16 @@ class Config(Table):
         Raises:
             ValueError: one line that names file, table and key.
         """
-        name = str(source)
+        name, where = str(source), shown(source)
         tables = _preset(name) if name in PRESETS else _file(Path(name))
         tables = _merge(tables, _absolute(_overrides(overrides), Path.cwd()))
         try:
             config = cls.model_validate(tables)
         except ValidationError as error:
-            raise InputError("\n".join(f"{name}: {_line(cls, e)}" for e in error.errors())) from None
+            raise InputError("\n".join(f"{where}: {_line(cls, e)}" for e in error.errors())) from None
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
-        if own and Path(name).read_text(encoding="utf-8") != config.to_toml():
-            raise InputError(f"{name}: [run] out: expected another folder: this file would be overwritten")
+        if own and Path(name).read_text(encoding="utf-8") != config.to_toml(config.run.out):
+            raise InputError(f"{where}: [run] out: expected another folder: this file would be overwritten")
         return config
 
     @classmethod
@@ -311,12 +333,24 @@ class Config(Table):
         """A copy with other values, table -> key -> value."""
         return Config.model_validate(_merge(self.model_dump(), changes))
 
-    def to_toml(self) -> str:
-        """The configuration as TOML; loads back to an equal one."""
+    def to_toml(self, folder: Path | None = None) -> str:
+        """The configuration as TOML; loads back to an equal one.
+
+        Args:
+            folder: where the file will lie. Paths in it are relative to it, so that it may be moved with its files.
+        """
         lines = []
-        for name, table in self.model_dump(mode="json").items():
+        tables = self.model_dump(mode="json")
+        for table, key in _PATHS:
+            path = tables[table][key]
+            if folder is not None and path and Path(path).is_relative_to(folder):
+                tables[table][key] = Path(path).relative_to(folder).as_posix()
+        for name, table in tables.items():
             lines += [f"[{name}]", *(f"{k} = {_value(v)}" for k, v in table.items() if v is not None), ""]
         return "\n".join(lines)
+
+
+_PATHS = (("run", "out"), ("data", "root"), ("backgrounds", "file"))
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -329,18 +363,18 @@ def _file(path: Path) -> dict[str, Any]:
     if base is None:
         return tables
     if base not in PRESETS:
-        raise InputError(f"{path}: base: expected a preset ({', '.join(PRESETS)}), but got {base!r}")
+        raise InputError(f"{shown(path)}: base: expected a preset ({', '.join(PRESETS)}), but got {_short(base)}")
     return _merge(_preset(base), tables)
 
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         hint = f" and no preset ({', '.join(PRESETS)})" if len(path.parts) == 1 and not path.suffix else ""
-        raise InputError(f"{path}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: expected a TOML file, but {error}") from None
+        raise InputError(f"{shown(path)}: no such file{hint}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
+        raise InputError(f"{shown(path)}: expected a TOML file, but {error}") from None
 
 
 def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -352,7 +386,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"Expected an override like cacl.epochs=3, but got {override!r}.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         tables.setdefault(table, {})[name] = value
     return tables
@@ -368,14 +402,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths -> absolute ones."""
-    for table, key in (("run", "out"), ("data", "root"), ("backgrounds", "file")):
+    for table, key in _PATHS:
         values = tables.get(table)
         if isinstance(values, dict) and isinstance(values.get(key), str):
-            values[key] = str(folder / Path(values[key]).expanduser())
+            values[key] = str(folder / os.path.expanduser(values[key]))
     for table, key in (("encoder", "name"), ("camnet", "weights"), ("segment", "weights")):
         values = tables.get(table)
         if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
-            checkpoint = folder / Path(values[key]).expanduser()
+            checkpoint = folder / os.path.expanduser(values[key])
             if checkpoint.is_file():  # else it is a name
                 values[key] = str(checkpoint)
     return tables
@@ -383,7 +417,7 @@ def _absolute(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _line(model: type[BaseModel], error: Any) -> str:
     """One of pydantic's errors in one line that names table and key."""
-    where = [str(part) for part in error["loc"]]
+    where = [shown(part) for part in error["loc"]]
     for part in where[:-1]:
         kind = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
@@ -394,8 +428,23 @@ def _line(model: type[BaseModel], error: Any) -> str:
         return f"{name}: unknown {'key' if len(where) > 1 else 'table'}{did_you_mean(where[-1], model.model_fields)}"
     if error["type"] == "missing":
         return f"{name}: missing"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}: {message}, but got {error['input']!r}"
+    if error["type"] == "value_error":  # of this package: a whole sentence
+        return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, but got {_short(error['input'])}"
+
+
+def _short(value: object) -> str:
+    """A value as it was given, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _is_utf8(text: str) -> bool:
+    """Names of files need not be; what is no UTF-8 in them Python keeps as half characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _value(value: Any) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cacl._checks import InputTypeError, check_choice, check_range, check_tensor, check_words, expected, shape
-from cacl._features import cosine, full
+from cacl._features import cosine, full, reduced
+from cacl._processes import count
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD, ImageTextEncoder
 from cacl.losses import BGSuppressionLoss, ITCLoss, RegionLoss
 from cacl.prompts import BackgroundSet, PromptSet
@@ -37,6 +38,10 @@ class CACLLoss(nn.Module):
 
     Texts are encoded here, once; the encoder runs once a call, on foregrounds and backgrounds together. The encoder
     is frozen and follows ``.to()``, but is no part of ``state_dict()`` or ``parameters()``.
+
+    In training mode, where ``torch.distributed`` has a default group, the images of all its processes are one batch, as
+    ``across`` of :func:`itc_loss` says: the mean over the processes of each term, and of the gradients, is that of the
+    whole batch, and θ and the template counts are the same everywhere. Every process calls it as often as the others.
 
     Args:
         encoder: the image-text encoder.
@@ -136,27 +141,28 @@ class CACLLoss(nn.Module):
             )
         if labels.ndim != 2 or labels.shape[1] != len(self.names):
             raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
-        region = self.region(cams)
+        across = self.training and count() > 1
+        region = self.region(cams, across=across)
         size = self.encoder.image_size
         small = resize(images, size) * self._scale + self._shift
         foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
         pairs = len(classes)
-        if pairs == 0:
-            zero = full(cams).sum() * 0
-            nothing = zero.detach()
-            return CACLTerms(self.gamma * region + zero, zero, zero, region, nothing, nothing, nothing)
-        features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
-        if features.ndim != 2 or len(features) != 2 * pairs:
-            raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
-        foreground, background = features.chunk(2)
-        text, _, s_ff = self.selector(foreground, classes)
-        itc = self.itc(foreground, background, text)
+        if pairs:
+            features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
+            if features.ndim != 2 or len(features) != 2 * pairs:
+                raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
+        else:  # without a pair there is nothing to encode; the sums over nothing have a graph still
+            features = full(cams).sum() * self.selector.prompt_features[:0, 0]
+        foreground, background = features[:pairs], features[pairs:]
+        text, _, s_ff = self.selector(foreground, classes, across=across)
+        itc = self.itc(foreground, background, text, across=across)
         bgs = foreground.sum() * 0
         if self.beta > 0:
-            bgs = self.bgs(foreground, self._background_text[classes], classes)
+            bgs = self.bgs(foreground, self._background_text[classes], classes, across=across)
         total = self.alpha * itc + self.beta * bgs + self.gamma * region
-        s_bf = cosine(background.detach(), text)
-        return CACLTerms(total, itc, bgs, region, s_ff.detach().mean(), s_bf.mean(), self.bgs.pass_rate)
+        similarities = (s_ff.detach(), cosine(background.detach(), text))
+        s_ff, s_bf = (reduced(similarity, "mean", across) for similarity in similarities)
+        return CACLTerms(total, itc, bgs, region, s_ff, s_bf, self.bgs.pass_rate)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
         if isinstance(self.encoder, nn.Module):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cacl._backbones import named_backbone
 from cacl._checks import InputTypeError, check_positive, check_tensor, expected, shape
 from cacl._features import full
+from cacl._processes import count, total
 from cacl.camnet import evaluating
 from cacl.metrics import IGNORE
 
@@ -135,7 +136,7 @@ class DeepLabV2(nn.Module):
         return [module for module in self.backbone.modules() if isinstance(module, kinds)]
 
 
-def segmentation_loss(logits: Sequence[Tensor], masks: Tensor) -> Tensor:
+def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool = False) -> Tensor:
     r"""Cross-entropy at every scale, added up (DeepLabV2, Chen et al. 2016, section 3).
 
     .. math:: \sum_s \frac{1}{|V_s|} \sum_{p \in V_s} -\log \mathrm{softmax}(z_s)_{p, y_p}
@@ -145,6 +146,7 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor) -> Tensor:
     Args:
         logits: of each scale, ``(B, C, h, w)``, as :class:`DeepLabV2` gives them in training.
         masks: ``(B, H, W)`` of an integer type: 0 … C − 1, or 255 for pixels to leave out.
+        across: as for :func:`cacl.itc_loss`.
 
     Returns:
         A scalar; a scale without any valid pixel adds 0, with a graph.
@@ -158,16 +160,19 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor) -> Tensor:
     """
     if not logits:
         raise expected("logits", "at least one tensor (B, C, h, w)", "none")
-    terms = []
+    terms, counts = [], []
     for values in logits:
         check_tensor("logits", values, "(B, C, h, w)")
         if masks.ndim != 3 or len(masks) != len(values):
             raise expected("masks", f"a tensor ({len(values)}, H, W)", shape(masks))
         target = F.interpolate(masks[:, None].float(), size=values.shape[-2:], mode="nearest-exact")[:, 0].long()
         with torch.autocast(values.device.type, enabled=False):
-            each = F.cross_entropy(full(values), target, ignore_index=IGNORE, reduction="sum")
-        terms.append(each / (target != IGNORE).sum().clamp(min=1))
-    return torch.stack(terms).sum()
+            terms.append(F.cross_entropy(full(values), target, ignore_index=IGNORE, reduction="sum"))
+        counts.append((target != IGNORE).sum())
+    valid = torch.stack(counts)
+    if across and count() > 1:
+        valid = total(valid) / count()
+    return (torch.stack(terms) / valid.clamp(min=1 / count() if across else 1)).sum()
 
 
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cacl._backbones import named_backbone
 from cacl._checks import InputError, InputTypeError, check_positive, check_range, check_tensor, expected, shape
+from cacl._processes import count, total
 from cacl.camnet import evaluating
 from cacl.crf import Backend, DenseCRF
 from cacl.metrics import IGNORE
@@ -210,7 +211,9 @@ def crf_labels(
     return refined_labels
 
 
-def affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10) -> IRNTerms:
+def affinity_loss(
+    edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10, across: bool = False
+) -> IRNTerms:
     r"""Loss of :class:`IRNet` (Ahn et al. 2019, section 4.2-4.3), from a label map: no affinity is ever stored.
 
     The affinity of two pixels less than ``radius`` apart is 1 − the largest edge on the path between them
@@ -224,6 +227,7 @@ def affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radiu
         labels: ``(B, H, W)`` integers, 0 background, from 1 classes, 255 ignored; another size than ``(h, w)`` is
             resized to it by the nearest pixel.
         radius: in grid pixels.
+        across: as for :func:`cacl.itc_loss`.
 
     Returns:
         :class:`IRNTerms`; a kind of pair that does not occur gives 0, with a graph.
@@ -255,10 +259,13 @@ def affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radiu
         for offset, largest in along_paths(edges[:, 0], radius):
             of_offset, seen = _PairTerms.apply(largest, displacements, labels, offset)
             sums, counts = sums + of_offset, counts + seen
-        means = sums / torch.cat((counts, counts[:2])).clamp(min=1)
+        least = 1.0
+        if across and count() > 1:
+            counts, least = total(counts) / count(), 1 / count()
+        means = sums / torch.cat((counts, counts[:2])).clamp(min=least)
         background, foreground, negative, flat, pointed = means.unbind()
-        total = (background / 2 + foreground / 2 + negative) / 2 + (flat + pointed) / 2
-    return IRNTerms(total, background, foreground, negative, flat, pointed)
+        whole = (background / 2 + foreground / 2 + negative) / 2 + (flat + pointed) / 2
+    return IRNTerms(whole, background, foreground, negative, flat, pointed)
 
 
 class _PairTerms(torch.autograd.Function):

@@ -17,14 +17,20 @@ from cacl._checks import (
     expected,
     shape,
 )
-from cacl._features import cosine, full
+from cacl._features import REDUCTIONS, Reduction, cosine, full, reduced
+from cacl._processes import count, gathered_rows, total
 
-Reduction = Literal["mean", "sum", "none"]
 ThresholdMode = Literal["soft", "quantile", "fixed"]
 
 
 def itc_loss(
-    foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction = "mean"
+    foreground: Tensor,
+    background: Tensor,
+    text: Tensor,
+    *,
+    margin: float = 0.5,
+    reduction: Reduction = "mean",
+    across: bool = False,
 ) -> Tensor:
     r"""Image-text contrastive loss (CA-CL, eq. 6-7).
 
@@ -37,6 +43,9 @@ def itc_loss(
         margin: smallest wanted gap between the two cosines, in [0, 2]. CLIP's image-text cosines lie at 0.15-0.35,
             so at the paper's 0.5 the hinge is always active and the loss is linear in the gap.
         reduction: ``"mean"`` over the pairs, ``"sum"``, or ``"none"`` for ``(N,)``.
+        across: the pairs of all processes of ``torch.distributed``'s default group are one batch: the mean over the
+            processes of what each returns, and so of their gradients, which is what ``DistributedDataParallel`` takes,
+            is that of the whole batch. Every process must call it, also one without a pair.
 
     Returns:
         A scalar, or ``(N,)``; float32, or float64 for float64 input. 0 with a graph when N is 0.
@@ -52,7 +61,7 @@ def itc_loss(
     check_same_shape("(N, D)", foreground=foreground, background=background, text=text)
     check_range("margin", margin, 0, 2)
     gap = cosine(foreground, text) - cosine(background, text)
-    return _reduce((margin - gap).clamp(min=0), reduction)
+    return reduced((margin - gap).clamp(min=0), reduction, across)
 
 
 class ITCLoss(nn.Module):
@@ -61,12 +70,12 @@ class ITCLoss(nn.Module):
     def __init__(self, margin: float = 0.5, *, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_range("margin", margin, 0, 2)
-        check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("reduction", reduction, REDUCTIONS)
         self.margin = margin
         self.reduction = reduction
 
-    def forward(self, foreground: Tensor, background: Tensor, text: Tensor) -> Tensor:
-        return itc_loss(foreground, background, text, margin=self.margin, reduction=self.reduction)
+    def forward(self, foreground: Tensor, background: Tensor, text: Tensor, *, across: bool = False) -> Tensor:
+        return itc_loss(foreground, background, text, margin=self.margin, reduction=self.reduction, across=across)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, reduction={self.reduction!r}"
@@ -79,6 +88,7 @@ def bg_suppression_loss(
     *,
     temperature: float | None = None,
     reduction: Reduction = "sum",
+    across: bool = False,
 ) -> Tensor:
     r"""Class-specific background suppression (CSBS) loss (CA-CL, eq. 9, 10, 12).
 
@@ -92,6 +102,7 @@ def bg_suppression_loss(
             ``sigmoid((s - θ) / τ)``, as the mean over the prompts; the value of the loss stays that of the hard mask.
             Without it θ has no gradient: that of eq. 10 is zero.
         reduction: ``"sum"`` over pairs and prompts as in the paper, ``"mean"`` over both, or ``"none"`` for ``(N,)``.
+        across: as for :func:`itc_loss`.
 
     Returns:
         A scalar, or ``(N,)``; float32, or float64 for float64 input. 0 with a graph when N is 0.
@@ -105,7 +116,7 @@ def bg_suppression_loss(
         >>> bg_suppression_loss(foreground, words, 0.26)            # -log(1 - 0.6)
         tensor(0.9163)
     """
-    return _suppress(foreground, background_text, threshold, temperature, reduction)[0]
+    return _suppress(foreground, background_text, threshold, temperature, reduction, across)[0]
 
 
 class BGSuppressionLoss(nn.Module):
@@ -153,7 +164,7 @@ class BGSuppressionLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("soft", "quantile", "fixed"))
-        check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("reduction", reduction, REDUCTIONS)
         check_range("threshold", threshold, -1, 1)
         check_range("bounds[0]", bounds[0], -1, 1)
         check_range("bounds[1]", bounds[1], bounds[0], 1)
@@ -183,15 +194,25 @@ class BGSuppressionLoss(nn.Module):
         theta = self.theta.detach()
         return theta.clamp(*self.bounds) if self.mode == "soft" else theta
 
-    def forward(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None = None) -> Tensor:
-        """``(N, D)`` foreground features, ``(N, Q, D)`` background prompts, ``(N,)`` classes -> loss."""
+    def forward(
+        self,
+        foreground: Tensor,
+        background_text: Tensor,
+        classes: Tensor | None = None,
+        *,
+        across: bool = False,
+    ) -> Tensor:
+        """``(N, D)`` foreground features, ``(N, Q, D)`` background prompts, ``(N,)`` classes -> loss.
+
+        With ``across``, as in :func:`itc_loss`, θ is the same in all processes.
+        """
         _check_background(foreground, background_text)
         if self.num_classes is not None:
             if classes is None:
                 raise InputTypeError("Expected argument `classes` to be a tensor (N,), but got None.")
             check_classes(classes, len(foreground), self.num_classes)
         if self.mode == "quantile" and self.training:
-            self._follow(foreground.detach(), background_text, classes)
+            self._follow(foreground.detach(), background_text, classes, across)
         if self.mode == "soft":
             with torch.no_grad():
                 self.theta.clamp_(*self.bounds)
@@ -200,16 +221,20 @@ class BGSuppressionLoss(nn.Module):
         else:
             theta = self.theta if self.num_classes is None else self.theta[classes][:, None]
         temperature = self.temperature if self.mode == "soft" else None
-        loss, self.pass_rate = _suppress(foreground, background_text, theta, temperature, self.reduction)
+        loss, self.pass_rate = _suppress(foreground, background_text, theta, temperature, self.reduction, across)
         return loss
 
     @torch.no_grad()
-    def _follow(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None) -> None:
+    def _follow(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None, across: bool) -> None:
         """θ ← momentum θ + (1 − momentum) quantile, for each θ that has similarities in this batch."""
         similarity, real = _similarity(foreground, background_text)
+        similarity = similarity.masked_fill(~real, float("nan"))
+        if across:
+            similarity = gathered_rows(similarity)
+            classes = None if classes is None else gathered_rows(classes)
         if similarity.numel() == 0:
             return
-        seen = similarity.masked_fill(~real, float("nan"))[None]  # (1, N, Q)
+        seen = similarity[None]  # (1, N, Q)
         if self.num_classes is not None:
             assert classes is not None
             mine = classes == torch.arange(self.num_classes, device=classes.device)[:, None]
@@ -221,11 +246,12 @@ class BGSuppressionLoss(nn.Module):
         return f"mode={self.mode!r}, reduction={self.reduction!r}"
 
 
-def region_loss(cams: Tensor) -> Tensor:
+def region_loss(cams: Tensor, *, across: bool = False) -> Tensor:
     r"""Region regularisation (CA-CL, eq. 13): the mean of all CAMs, those of absent classes included.
 
     Args:
         cams: ``(B, K, h, w)`` in [0, 1].
+        across: as for :func:`itc_loss`.
 
     Returns:
         A scalar; float32, or float64 for float64 input. 0 with a graph when B is 0.
@@ -238,24 +264,14 @@ def region_loss(cams: Tensor) -> Tensor:
         tensor(0.2500)
     """
     check_tensor("cams", cams, "(B, K, h, w)")
-    return _reduce(full(cams), "mean")
+    return reduced(full(cams), "mean", across)
 
 
 class RegionLoss(nn.Module):
     """Module form of :func:`region_loss`."""
 
-    def forward(self, cams: Tensor) -> Tensor:
-        return region_loss(cams)
-
-
-_REDUCTIONS = ("mean", "sum", "none")
-
-
-def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
-    check_choice("reduction", reduction, _REDUCTIONS)
-    if reduction == "none":
-        return loss
-    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+    def forward(self, cams: Tensor, *, across: bool = False) -> Tensor:
+        return region_loss(cams, across=across)
 
 
 def _check_background(foreground: Tensor, background_text: Tensor) -> None:
@@ -277,27 +293,34 @@ def _suppress(
     threshold: Tensor | float,
     temperature: float | None,
     reduction: Reduction,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and pass rate of eq. 9-12."""
+    """Loss and pass rate of eq. 9-12; ``across`` as for :func:`itc_loss`."""
     _check_background(foreground, background_text)
-    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(threshold, Tensor) and threshold.shape not in ((), (1,), (1, 1), (len(foreground), 1)):
         raise expected("threshold", f"a number or a tensor ({len(foreground)}, 1)", shape(threshold))
     similarity, real = _similarity(foreground, background_text)
     passing = (similarity >= threshold) & real
-    prompts = real.sum().clamp(min=1)
+    passed, prompts = passing.sum(), real.sum()
+    processes = count() if across else 1
+    if processes > 1:
+        passed, prompts = total(torch.stack((passed, prompts)).to(similarity.dtype)) / processes
+    prompts = prompts.clamp(min=1 / processes)
     loss = -torch.log1p(-_below_one(similarity) * passing).sum(-1)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / prompts
+    elif reduction == "sum":
+        loss = loss * processes
     if temperature is not None:
         check_range("temperature", temperature, 1e-6, float("inf"))
         constant = _below_one(similarity.detach())
         soft = -torch.log1p(-constant * torch.sigmoid((constant - threshold) / temperature)) * real / prompts
         soft = soft.sum(-1) if reduction == "none" else soft.sum()
         loss = loss + soft - soft.detach()
-    return loss, (passing.sum() / prompts).detach()
+    return loss, (passed / prompts).detach()
 
 
 def _below_one(similarity: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from cacl._checks import InputError, check_range
 from cacl._files import replacing
+from cacl._log import watched
 from cacl._pool import map_processes
+from cacl._processes import share, together, total_counts
 from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd, to_make
 from cacl.datasets import Dataset
 from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
@@ -43,6 +44,8 @@ def make_labels(
 ) -> None:
     """Write :func:`cacl.irn.mine_labels` of every image as ``<id>.png``, a palette image with VOC's colours.
 
+    Shared out over processes as :func:`cacl.cams.make_cams` is.
+
     Args:
         dataset: the images and their labels.
         cams: folder of :func:`cacl.cams.make_cams`.
@@ -61,8 +64,9 @@ def make_labels(
     wanted = to_make(dataset, out, ".png", keep=keep)
     scores = {"foreground_score": foreground_score, "background_score": background_score}
     task = _Mining(dataset, cams, out, {**scores, **(crf or {})})
-    for _ in _watched(task, wanted, workers, title, progress):
-        pass
+    with together():
+        for _ in _watched(task, wanted, workers, title, progress):
+            pass
 
 
 def train_irnet(
@@ -96,7 +100,8 @@ def train_irnet(
     def step(batch: Batch) -> Mapping[str, Tensor]:
         assert batch.masks is not None
         edges, displacements = net(batch.images)
-        terms = affinity_loss(edges, displacements, batch.masks.to(edges.device, non_blocking=True), radius=radius)
+        target = batch.masks.to(edges.device, non_blocking=True)
+        terms = affinity_loss(edges, displacements, target, radius=radius, across=True)
         return {"loss": terms.total, **{name: value for name, value in terms._asdict().items() if name != "total"}}
 
     train(step, {"net": net}, optimizer, dataset.with_masks(labels), loop, name="irn", **run)
@@ -119,7 +124,8 @@ def walk_cams(
 ) -> None:
     """Write the CAMs of every image after a random walk up to the edges (IRNet, Ahn et al. 2019, section 5).
 
-    ``<id>.npz`` has them divided by their largest value, as :func:`cacl.cams.load_cams` reads them.
+    ``<id>.npz`` has them divided by their largest value, as :func:`cacl.cams.load_cams` reads them. Shared out over
+    processes as :func:`cacl.cams.make_cams` is.
 
     Args:
         net: gives the edges; on ``device``.
@@ -140,13 +146,13 @@ def walk_cams(
     """
     check_range("power", power, 0.01, 100)
     wanted = to_make(dataset, out, ".npz", keep=keep)
-    images = load_images(dataset, wanted, workers)
-    bar = tqdm(images, total=len(wanted), desc="random walk", unit="image", disable=None if progress else True)
-    for index, image in bar:
-        seeds = _cams(dataset, cams, index)
-        edges = net.predict(image[None].to(device, memory_format=torch.channels_last))[0]
-        walked = walk(seeds, edges, power=power, radius=radius, beta=beta, steps=steps)
-        save_cams(out / f"{dataset.entries[index].id}.npz", walked)
+    images = load_images(dataset, wanted, workers, pinned=torch.device(device).type == "cuda")
+    with together():
+        for index, image in watched(images, total=len(wanted), desc="random walk", progress=progress):
+            seeds = _cams(dataset, cams, index)
+            photo = image[None].to(device, memory_format=torch.channels_last, non_blocking=True)
+            walked = walk(seeds, net.predict(photo)[0], power=power, radius=radius, beta=beta, steps=steps)
+            save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 
 def make_masks(
@@ -229,11 +235,16 @@ def refine_cams(
 
 
 def evaluate_refined(dataset: Dataset, cams: Path, **settings: Any) -> tuple[ConfusionMatrix, int]:
-    """CAMs after a CRF against the masks: settings as for :func:`refine_cams`; also the number of images."""
+    """CAMs after a CRF against the masks: settings as for :func:`refine_cams`; also the number of images.
+
+    Shared out over processes as :func:`cacl.cams.make_cams` is.
+    """
     masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
-    for index, mask in refine_cams(dataset, cams, masked, **settings):
-        matrix.update(dataset.mask(index).numpy(), mask)
+    with together():
+        for index, mask in refine_cams(dataset, cams, share(masked), **settings):
+            matrix.update(dataset.mask(index).numpy(), mask)
+    matrix.counts = total_counts(matrix.counts)
     return matrix, len(masked)
 
 
@@ -250,7 +261,7 @@ _PALETTE = palette().tobytes()
 
 def _watched(task: Any, indices: Sequence[int], workers: int, title: str, progress: bool) -> Iterator[Any]:
     results = map_processes(task, indices, workers=workers)
-    return iter(tqdm(results, total=len(indices), desc=title, unit="image", disable=None if progress else True))
+    return iter(watched(results, total=len(indices), desc=title, progress=progress))
 
 
 @dataclass(frozen=True)

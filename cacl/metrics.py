@@ -103,6 +103,17 @@ def threshold_sweep(
     Raises:
         ValueError: if a shape or value is out of range.
     """
+    return sweep_of(*count_scores(samples, num_classes, scores=scores), scores)
+
+
+def count_scores(
+    samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
+    num_classes: int,
+    *,
+    scores: Sequence[float] = SCORES,
+) -> tuple[NDArray[np.int64], int]:
+    """What :func:`threshold_sweep` counts, arguments as there: pixels ``(K + 1, K + 1, S + 1)`` by their truth, the
+    class of their largest map, and the number of scores below it; and images. Counts of several parts add up."""
     edges = np.asarray(scores, dtype=np.float32)
     if edges.ndim != 1 or not len(edges) or np.any(np.diff(edges) <= 0):
         raise expected("scores", "ascending background scores", scores)
@@ -114,9 +125,12 @@ def threshold_sweep(
             raise expected("maps", f"of shape {(len(classes), *truth.shape)}", maps.shape)
         valid = truth != IGNORE
         values = truth[valid].astype(np.int64)
-        if values.size and values.max() >= size:
-            raise InputError(f"Expected mask values 0 to {num_classes} or 255, but got {values.max()}.")
+        if values.size and not 0 <= values.min() <= values.max() < size:
+            wrong = values[(values < 0) | (values >= size)][0]
+            raise InputError(f"Expected mask values 0 to {num_classes} or 255, but got {wrong}.")
         if len(classes):
+            if not 0 <= np.min(classes) <= np.max(classes) < num_classes or np.isnan(maps).any():
+                raise expected("samples", f"maps without NaN of classes 0 to {num_classes - 1}", list(classes))
             best = maps.argmax(0)[valid]
             chosen = np.asarray(classes, dtype=np.int64)[best] + 1
             passed = np.searchsorted(edges, maps.max(0)[valid].astype(np.float32), side="left")
@@ -124,9 +138,13 @@ def threshold_sweep(
             chosen = passed = np.zeros_like(values)
         joint += np.bincount((values * size + chosen) * bins + passed, minlength=len(joint))
         images += 1
-    counts = joint.reshape(size, size, bins)
+    return joint.reshape(size, size, bins), images
+
+
+def sweep_of(counts: NDArray[np.int64], images: int, scores: Sequence[float]) -> Sweep:
+    """The sweep of :func:`count_scores`' counts."""
     iou = []
-    for i in range(len(edges)):
+    for i in range(len(scores)):
         above = counts[:, :, i + 1 :].sum(-1)
         above[:, 0] += counts[:, :, : i + 1].sum((1, 2))
         iou.append(_iou(above))

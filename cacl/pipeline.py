@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from cacl._checks import check_choice
-from cacl._files import read_json, save_state
+from cacl._files import locked, read_json
 from cacl._log import Callback
+from cacl._processes import joined, local_device, once, rank
 from cacl._scores import describe
 from cacl._session import STAGES, Body, Session
 from cacl.cams import make_cams, train_cacl, train_classifier
@@ -63,7 +64,8 @@ def run(
     ``predict`` → ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
-    checkpoint.
+    checkpoint. Under ``torchrun``, or where ``torch.distributed`` has a default group, all processes call this and
+    share the work; their number changes nothing.
 
     Args:
         config: a configuration, or what :meth:`cacl.config.Config.load` takes.
@@ -71,24 +73,29 @@ def run(
         backbone: instead of the configuration's; copied, so that it stays as it is.
         stages: which stages, all by default; those before them must be finished.
         resume: go on from what the run folder holds; False does the stages again.
-        callback: gets every record of ``log.jsonl`` as it is written.
+        callback: gets every record of ``log.jsonl`` as it is written, in every process.
 
     Returns:
         The run folder and its metrics.
 
     Raises:
-        ValueError: if the configuration, the data or a file of the run is wrong: one line a problem.
+        ValueError: if the configuration, the data or a file of the run is wrong: one line a problem; or if another
+            run is using the run folder.
+        OSError: if a file cannot be written; one line that names it. A process that dies or that does not answer is
+            one too.
     """
     config = config if isinstance(config, Config) else Config.load(config)
     wanted = STAGES if stages is None else tuple(stages)
     for stage in wanted:
         check_choice("stages", stage, STAGES)
-    session = Session(config, encoder, backbone, callback)
-    session.prepare(wanted)
-    for name in STAGES:
-        if name in wanted:
-            session.do(name, _BODIES[name], resume=resume)
-    return Result(config.run.out, session.metrics)
+    device = local_device(config.run.device, "[run] device")
+    with joined(device, config.run.timeout_seconds), locked(config.run.out):
+        session = Session(config, encoder, backbone, callback)
+        session.prepare(wanted)
+        for name in STAGES:
+            if name in wanted:
+                session.do(name, _BODIES[name], resume=resume)
+        return Result(config.run.out, once(lambda: session.metrics))
 
 
 def plan(config: Config, stages: Sequence[str] | None = None, *, resume: bool = True) -> list[str]:
@@ -110,15 +117,15 @@ def plan(config: Config, stages: Sequence[str] | None = None, *, resume: bool = 
 
 def _warmup(session: Session, folder: Path, run: dict[str, Any]) -> None:
     table = session.config.warmup
-    net = session.net()
+    net = session.compiled(session.net())
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
     train_classifier(net, session.train, session.loop(table), checkpoint=folder / "checkpoint.pt", **rates, **run)
-    save_state(folder / "model.pt", net.state_dict())
+    session.save(folder / "model.pt", net.state_dict())
 
 
 def _cacl(session: Session, folder: Path, run: dict[str, Any]) -> None:
     table = session.config.cacl
-    net = session.net("warmup")
+    net = session.compiled(session.net("warmup"))
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
     train_cacl(
         net,
@@ -130,7 +137,7 @@ def _cacl(session: Session, folder: Path, run: dict[str, Any]) -> None:
         **rates,
         **run,
     )
-    save_state(folder / "model.pt", net.state_dict())
+    session.save(folder / "model.pt", net.state_dict())
 
 
 def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
@@ -149,7 +156,7 @@ def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
         keep=True,
         **session.crf(table),
     )
-    net = session.irnet()
+    net = session.compiled(session.irnet())
     rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
     train_irnet(
         net,
@@ -161,7 +168,7 @@ def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
         **rates,
         **run,
     )
-    save_state(folder / "model.pt", net.state_dict())
+    session.save(folder / "model.pt", net.state_dict())
 
 
 def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
@@ -192,7 +199,7 @@ def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 def _segment(session: Session, folder: Path, run: dict[str, Any]) -> None:
     table = session.config.segment
-    net = session.segmenter()
+    net = session.compiled(session.segmenter())
     train_segmenter(
         net,
         session.train,
@@ -206,7 +213,8 @@ def _segment(session: Session, folder: Path, run: dict[str, Any]) -> None:
         **run,
     )
     own = session.config.camnet.backbone if session.given_backbone is None else ""
-    save_segmenter(folder / "model.pt", net, session.train.classes, table.backbone or own)
+    if rank() == 0:
+        save_segmenter(folder / "model.pt", net, session.train.classes, table.backbone or own)
 
 
 def _predict(session: Session, folder: Path, run: dict[str, Any]) -> None:
@@ -227,7 +235,7 @@ def _predict(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 
 def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    write_report(session, folder)
+    once(lambda: write_report(session, folder))
 
 
 _BODIES: dict[str, Body] = {

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as views
-from tqdm import tqdm
 
 from cacl._checks import InputError, check_integer
 from cacl._files import load_state, load_weights, save_state
-from cacl._pool import can_be_sent, map_processes
+from cacl._log import watched
+from cacl._pool import can_be_sent, leave_signals, map_processes
+from cacl._processes import share, together, total_counts
 from cacl.camnet import evaluating
 from cacl.cams import sgd, to_make
 from cacl.crf import DenseCRF
@@ -94,7 +95,8 @@ def train_segmenter(
                 f"{', '.join(batch.ids)}"
             )
         logits = net(batch.images)
-        return {"loss": segmentation_loss(logits, batch.masks.to(batch.images.device, non_blocking=True))}
+        target = batch.masks.to(batch.images.device, non_blocking=True)
+        return {"loss": segmentation_loss(logits, target, across=True)}
 
     train(step, {"net": net}, optimizer, dataset.with_masks(masks), loop, name="segment", **run)
 
@@ -171,16 +173,23 @@ def segment_photos(
         results = map_processes(_Whole(net, reading, finishing), range(len(photos)), workers=workers)
     else:
         loader = DataLoader(
-            reading, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+            reading,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals,
+            generator=torch.Generator(),
         )
         on_gpu = torch.device((crf or {}).get("device", "cpu")).type != "cpu"
         logits = (_infer(net, photo, device) for photo in loader)
         results = map_processes(finishing, logits, workers=0 if on_gpu else workers)
-    return iter(tqdm(results, total=len(photos), desc=desc, unit="image", disable=None if progress else True))
+    return iter(watched(results, total=len(photos), desc=desc, progress=progress))
 
 
 def make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, *, keep: bool = False, **settings: Any) -> None:
     """Write the mask of every image of a data set, ``<id>.png``, a palette image with VOC's colours.
+
+    Shared out over processes as :func:`cacl.cams.make_cams` is.
 
     Args:
         net: the segmenter.
@@ -195,20 +204,27 @@ def make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, *, keep: bool 
     wanted = to_make(dataset, out, ".png", keep=keep)
     paths = [out / f"{dataset.entries[i].id}.png" for i in wanted]
     photos = [dataset.entries[i].image for i in wanted]
-    for _, result in segment_photos(net, photos, _Saving(paths), **settings):
-        if isinstance(result, InputError):
-            raise result
+    with together():
+        for _, result in segment_photos(net, photos, _Saving(paths), **settings):
+            if isinstance(result, InputError):
+                raise result
 
 
 def evaluate_segmenter(net: DeepLabV2, dataset: Dataset, **settings: Any) -> tuple[ConfusionMatrix, int]:
-    """The segmenter against the masks: settings as for :func:`segment_photos`; also the number of images."""
+    """The segmenter against the masks: settings as for :func:`segment_photos`; also the number of images.
+
+    Shared out over processes as :func:`cacl.cams.make_cams` is.
+    """
     masked = dataset.masked
+    mine = list(share(masked))
     matrix = ConfusionMatrix(len(dataset.classes))
-    photos = [dataset.entries[i].image for i in masked]
-    for _, counts in segment_photos(net, photos, _Counting(dataset, masked), desc="evaluate", **settings):
-        if isinstance(counts, InputError):
-            raise counts
-        matrix.counts += counts
+    photos = [dataset.entries[i].image for i in mine]
+    with together():
+        for _, counts in segment_photos(net, photos, _Counting(dataset, mine), desc="evaluate", **settings):
+            if isinstance(counts, InputError):
+                raise counts
+            matrix.counts += counts
+    matrix.counts = total_counts(matrix.counts)
     return matrix, len(masked)
 
 

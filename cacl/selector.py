@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cacl._checks import InputTypeError, check_choice, check_classes, check_tensor, expected, shape
 from cacl._features import cosine, unit
+from cacl._processes import total
 
 
 class Selection(NamedTuple):
@@ -65,8 +66,11 @@ class ContextSelector(nn.Module):
             "counts", torch.zeros(prompt_features.shape[:2], dtype=torch.int64, device=prompt_features.device)
         )
 
-    def forward(self, foreground: Tensor, classes: Tensor) -> Selection:
-        """``(N, D)`` foreground features and ``(N,)`` classes -> :class:`Selection`."""
+    def forward(self, foreground: Tensor, classes: Tensor, *, across: bool = False) -> Selection:
+        """``(N, D)`` foreground features and ``(N,)`` classes -> :class:`Selection`.
+
+        With ``across`` the choices of all processes are counted, as in :func:`cacl.itc_loss`.
+        """
         check_tensor("foreground", foreground, "(N, D)")
         num_classes, _, features = self.prompt_features.shape
         if foreground.shape[1] != features:
@@ -80,7 +84,8 @@ class ContextSelector(nn.Module):
             index = similarity.detach().argmax(1)
         if self.training:
             cell = classes * self.counts.shape[1] + index
-            self.counts.view(-1).scatter_add_(0, cell, torch.ones_like(index))
+            chosen = torch.zeros_like(self.counts).view(-1).scatter_add_(0, cell, torch.ones_like(index))
+            self.counts += (total(chosen) if across else chosen).view_as(self.counts)
         pair = torch.arange(len(index), device=index.device)
         return Selection(prompts[pair, index], index, similarity[pair, index])
 

@@ -14,12 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cacl._checks import InputError, NotFiniteError, check_choice, expected
 from cacl._files import load_state, load_weights, save_state
-from cacl._log import Callback, Log, Record
+from cacl._log import Callback, Log, Record, watched
+from cacl._pool import leave_signals, naming_dead_loaders
+from cacl._processes import count, gathered, once, rank, total
+from cacl._signals import Interrupts
 from cacl.datasets import Dataset
 from cacl.transforms import RandomView
 
@@ -36,6 +39,8 @@ class Batch(NamedTuple):
     """``(B, K)`` uint8, on the CPU, so that finding the present pairs waits for no device."""
     masks: Tensor | None
     """``(B, crop, crop)`` uint8 on the CPU; None unless the loop was asked for masks."""
+    share: float = 1.0
+    """What a mean over these images counts for: 1 in one process, and over all processes 1 on average."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Loop:
 
     Args:
         epochs: passes over the images; batches run on over the end of a pass, so that none is smaller.
-        batch_size: images a step.
+        batch_size: images a step, of all processes together.
         view: the augmentation.
         schedule: factor of the learning rate by the share p of steps done: ``"cosine"`` (1 + cos πp) / 2,
             ``"poly"`` (1 − p)^0.9, ``"constant"`` 1.
@@ -97,10 +102,17 @@ def train(
     """Train ``modules`` in place.
 
     A run that was stopped goes on from ``checkpoint`` and ends with the same weights, bit for bit on a CPU, as one
-    that was not: what is random about a sample or a step is drawn from (seed, epoch, sample) or (seed, step).
+    that was not: what is random about a sample or a step is drawn from (seed, epoch, sample) or (seed, step). SIGINT
+    and SIGTERM take effect after the step, when a last checkpoint has been saved; a second one does at once.
+
+    Where ``torch.distributed`` has a default group, all its processes call this, each gets its part of every batch, and
+    ``DistributedDataParallel`` takes the mean of the gradients; on GPUs, batch norm that trains sees the whole batch
+    (``SyncBatchNorm``). The file system is one that all of them see.
 
     Args:
-        step: batch -> tensors to log, of which ``"loss"`` is minimised.
+        step: batch -> tensors to log, of which ``"loss"`` is minimised. In several processes the mean of each tensor
+            over them is what belongs to the whole batch (:attr:`Batch.share`, and ``across`` of the losses, see to
+            it); every process runs the same ones of the modules.
         modules: everything with a state that a step changes; saved and restored. Their mode is left as it is.
         optimizer: over their parameters, with the learning rates at the start of the schedule.
         dataset: the training images.
@@ -108,50 +120,61 @@ def train(
         name: the stage, for log, progress bar and messages.
         checkpoint: file to go on from and to save to; removed by nobody here.
         key: a checkpoint with another key is of another run and is not used.
-        log: where records go.
-        callback: gets every record.
+        log: where records go; written by rank 0.
+        callback: gets every record, in every process.
 
     Raises:
         NotFiniteError: if a loss is not finite; the last good checkpoint stays.
-        ValueError: if an image does not decode, or a checkpoint does not fit; names the file.
+        ValueError: if an image does not decode, a checkpoint does not fit, or there are more processes than images in a
+            batch; names the file.
+        ChildProcessError: if a process that loads images dies.
     """
+    if loop.batch_size < count():
+        raise expected("batch_size", f"at least 1 image for each of the {count()} processes", loop.batch_size)
     device = torch.device(loop.device)
-    total = loop.steps(len(dataset))
+    steps = loop.steps(len(dataset))
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     start = _restore(checkpoint, key, modules, optimizer, scaler)
+    if len(set(gathered(start))) > 1:
+        raise InputError(
+            f"{checkpoint}: expected a file system that all processes see, but they found other steps in it"
+        )
     if log is not None:
-        log.rewind(name, start)
+        once(lambda: log.rewind(name, start))
+    run = step if count() == 1 else _distributed(step, modules, device)
 
     def save(done: int) -> None:
-        if checkpoint is None:
+        if checkpoint is None or rank() > 0:
             return
         states = {k: module.state_dict() for k, module in modules.items()}
         state = {"modules": states, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_state(checkpoint, {"key": key, "step": done, **state})
 
     def emit(record: Record) -> None:
-        if log is not None:
+        if log is not None and rank() == 0:
             log.write(record)
         if callback is not None:
             callback(record)
         bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
 
-    bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None if loop.progress else True)
+    batches = _batches(dataset, loop, start, steps)
+    bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
     pending = _Pending(name, emit)
     saved = clock = time.monotonic()
     dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
-    with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for number, batch in enumerate(_batches(dataset, loop, start, total), start=start):
-            torch.manual_seed(_mix(loop.seed, "step", number))
-            factor = _SCHEDULES[loop.schedule](number / total)
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
+        for number, batch in enumerate(bar, start=start):
+            torch.manual_seed(_mix(loop.seed, "step", number, *([rank()] if rank() else [])))
+            factor = _SCHEDULES[loop.schedule](number / steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
-                terms = step(batch)
-            scaler.scale(terms["loss"]).backward()  # type: ignore[no-untyped-call]
+                terms = run(batch)
+            scaler.scale(terms["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
             now = time.monotonic()
@@ -163,26 +186,40 @@ def train(
                 "images_per_second": _short(loop.batch_size / max(now - clock, 1e-9)),
             }
             clock = now
-            pending.add(record, batch.ids, terms)
-            bar.update()
-            if now - saved > loop.checkpoint_seconds:
+            pending.add(record, _ids(dataset, loop, number), terms, interrupts.came)
+            stopping = pending.stop is not None and number + 1 >= pending.stop
+            if stopping or now - saved > loop.checkpoint_seconds:
                 pending.flush()
                 save(number + 1)
                 saved = time.monotonic()
+            if stopping:
+                interrupts.take_effect()
         pending.flush()
-        if start < total:
-            save(total)
+        if start < steps:
+            save(steps)
 
 
 class _Pending:
-    """Values on their way from the device: looked at when they have come, so that no step waits for them."""
+    """Values on their way from the device: looked at when they have come, so that no step waits for them.
 
-    def __init__(self, name: str, emit: Callback, patience: int = 50) -> None:
+    They are the mean over all processes. With them travels whether one of these was asked to stop: ``stop`` is the
+    number of steps after which all do.
+    """
+
+    def __init__(self, name: str, emit: Callback, patience: int = 8) -> None:
         self.name, self.emit, self.patience = name, emit, patience
-        self.queue: deque[tuple[Record, list[str], list[tuple[str, int]], Tensor, torch.cuda.Event | None]] = deque()
+        self.stop: int | None = None
+        self.queue: deque[
+            tuple[Record, Callable[[], list[str]], list[tuple[str, int]], Tensor, torch.cuda.Event | None]
+        ] = deque()
 
-    def add(self, record: Record, ids: list[str], terms: Mapping[str, Tensor]) -> None:
+    def add(self, record: Record, ids: Callable[[], list[str]], terms: Mapping[str, Tensor], stopping: bool) -> None:
         flat = torch.cat([value.detach().float().reshape(-1) for value in terms.values()])
+        if count() > 1:
+            asked = torch.full((1,), float(stopping), device=flat.device)
+            flat = total(torch.cat((flat, asked))) / count()
+        elif stopping:
+            self.stop = record["step"]
         event = None
         if flat.is_cuda:
             flat = flat.to("cpu", non_blocking=True)
@@ -206,15 +243,44 @@ class _Pending:
         record, ids, sizes, flat, event = self.queue.popleft()
         if event is not None:
             event.synchronize()
-        values = iter(flat.tolist())
+        numbers = flat.tolist()
+        values = iter(numbers)
+        if len(numbers) > sum(size or 1 for _, size in sizes) and numbers[-1] > 0 and self.stop is None:
+            # Where a device is waited for, the processes see this at different steps, all of them before that one.
+            self.stop = record["step"] + (0 if event is None else self.patience + 1)
         for key, size in sizes:
             record[key] = [_short(next(values)) for _ in range(size)] if size else _short(next(values))
         if not math.isfinite(record["loss"]):
             raise NotFiniteError(
-                f"{self.name}: the loss is {record['loss']} at step {record['step']} (images {', '.join(ids)}); "
+                f"{self.name}: the loss is {record['loss']} at step {record['step']} (images {', '.join(ids())}); "
                 "the last good checkpoint is kept. A lower learning rate may help."
             )
         self.emit(record)
+
+
+class _Whole(nn.Module):
+    """A step and the parameters that it trains, as :class:`DistributedDataParallel` takes them.
+
+    Buffers are none of its business: they follow from what all processes see, or are those of rank 0 in the end.
+    """
+
+    def __init__(self, step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.step = step
+        self.trained = nn.ParameterList(p for module in modules.values() for p in module.parameters())
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return dict(self.step(batch))
+
+
+def _distributed(
+    step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], device: torch.device
+) -> nn.Module:
+    if device.type == "cuda":  # on CPUs there is no batch norm over processes
+        for module in modules.values():
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    # The same parameters take part in every step, so that those which never do are found in the first one.
+    return DistributedDataParallel(_Whole(step, modules), static_graph=True)
 
 
 class _Views(torch.utils.data.Dataset[Any]):
@@ -234,10 +300,10 @@ class _Views(torch.utils.data.Dataset[Any]):
         return self.dataset.entries[index].id, image, self.dataset.labels(index), mask_view
 
 
-def _order(images: int, loop: Loop, start: int, total: int) -> Iterator[list[tuple[int, int]]]:
+def _order(images: int, loop: Loop, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
     """The (epoch, index) keys of each step's batch: one permutation an epoch, drawn from (seed, epoch)."""
     epoch, order = -1, []
-    for number in range(start, total):
+    for number in range(start, steps):
         keys = []
         for position in range(number * loop.batch_size, (number + 1) * loop.batch_size):
             if position // images != epoch:
@@ -248,21 +314,27 @@ def _order(images: int, loop: Loop, start: int, total: int) -> Iterator[list[tup
         yield keys
 
 
-def _batches(dataset: Dataset, loop: Loop, start: int, total: int) -> Iterator[Batch]:
+def _ids(dataset: Dataset, loop: Loop, number: int) -> Callable[[], list[str]]:
+    """What the images of a step are called, those of the other processes included."""
+    return lambda: [dataset.entries[i].id for _, i in next(_order(len(dataset), loop, number, number + 1))]
+
+
+def _batches(dataset: Dataset, loop: Loop, start: int, steps: int) -> Iterator[Batch]:
     device = torch.device(loop.device)
     loader = DataLoader(
         _Views(dataset, loop),
-        batch_sampler=_order(len(dataset), loop, start, total),
+        batch_sampler=(keys[rank() :: count()] for keys in _order(len(dataset), loop, start, steps)),
         num_workers=loop.workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield batch._replace(images=images)
+        yield batch._replace(images=images, share=len(batch.ids) * count() / loop.batch_size)
 
 
 def _collate(samples: Sequence[Any]) -> Batch | InputError:

@@ -79,7 +79,7 @@ def test_a_disk_that_refuses_is_one_line(config, capsys):
     (config.parent / "out/warmup/stage.json.tmp").mkdir(parents=True)
     options = ["--set", "camnet.backbone=resnet18", "--set", "camnet.weights=", "--stages", "warmup"]
     assert main(["run", str(config), *options]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("cacl: [Errno ")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("warmup/stage.json.tmp: Is a directory")
 
 
 def test_module_and_help():

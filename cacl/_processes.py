@@ -1,0 +1,192 @@
+"""Several processes of one run, as torchrun starts them: who they are, and what they tell each other.
+
+Everything here is true of a single process too, which is its own rank 0 of 1 and has nobody to talk to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cacl._checks import InputError, first_line
+from cacl._device import find_device
+
+T = TypeVar("T")
+
+_alone = False
+
+
+class ElsewhereError(InputError):
+    """What another process raised, and tells the user."""
+
+
+class LostProcessError(ConnectionError):
+    """Another process died, or has not answered in time."""
+
+
+def count() -> int:
+    """Number of processes of ``torch.distributed``'s default group; 1 without one."""
+    return dist.get_world_size() if _grouped() and not _alone else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def local_device(name: str, setting: str) -> torch.device:
+    """:func:`cacl._device.find_device`, where each process of a machine takes a GPU of its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available() and _launched():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return find_device(name, setting)
+
+
+def local_count() -> int:
+    """Number of this run's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[None]:
+    """Take part in the group that torchrun has started this process for; nothing without torchrun, or in a group.
+
+    Args:
+        device: of this process.
+        timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        LostProcessError: if another process dies or does not answer in time.
+    """
+    begun = _launched() and not _grouped()
+    if begun:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Both: what is on the CPU is told without waiting for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with _reported():
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    with _reported():
+        yield
+        if begun:
+            dist.barrier() if device.type == "cpu" else gathered(None)
+    if begun:
+        dist.destroy_process_group()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part: every :func:`count`-th item."""
+    return items[rank() :: count()]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient."""
+    if count() == 1:
+        return values
+    place = values.device
+    if place.type == "cpu" and not _speaks_cpu():
+        place = torch.device("cuda", torch.cuda.current_device())
+    summed = values.detach().to(place, copy=True)
+    dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def total_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """:func:`total` of an array."""
+    return total(torch.from_numpy(counts)).numpy()
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks."""
+    if count() == 1:
+        return [value]
+    values: list[T | None] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def once(function: Callable[[], T]) -> T:
+    """What ``function`` gives on rank 0, or the :class:`InputError` that it raises there, on every process.
+
+    Nobody goes on before it is done. In it, this is the only process there is.
+    """
+    global _alone
+    if count() == 1:
+        return function()
+    result: T | None = None
+    with together():
+        if rank() == 0:
+            _alone = True
+            try:
+                result = function()
+            finally:
+                _alone = False
+    return gathered(result)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that every process runs: if one raises an :class:`InputError` in it, all do when all are through."""
+    if count() == 1:
+        yield
+        return
+    own: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        own = error
+    messages = gathered(None if own is None else str(own))
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise own if own is not None and number == rank() else ElsewhereError(message)
+
+
+def gathered_rows(values: Tensor) -> Tensor:
+    """``(N, …)`` of every process, N its own -> all rows, in the order of the ranks; without a gradient."""
+    if count() == 1:
+        return values
+    lengths = gathered(len(values))
+    padded = values.new_zeros(max(lengths), *values.shape[1:])
+    padded[: len(values)] = values.detach()
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """What a broken connection raises, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostProcessError(
+                "another process of this run died or did not answer in time; the same command goes on from the last "
+                f"checkpoint ({first_line(error)})"
+            ) from error
+        raise
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run, also before and after it has taken part in a group."""
+    return not _launched() or os.environ["RANK"] == "0"
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _speaks_cpu() -> bool:
+    return "cpu" in str(dist.get_backend_config())

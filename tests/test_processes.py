@@ -1,0 +1,87 @@
+"""Two and three processes against one: gradients, weights, files, and what happens when one fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drawn import write_csv
+from processes import NAMES
+
+HERE = Path(__file__).parent
+
+
+def launch(processes: int, *arguments: object, script: str = "processes.py", **options: object):
+    """A script of this folder, run by torchrun, or by itself for one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """9 images in batches of 5, which are no multiple of 2 or 3; four images have no label."""
+    root = write_csv(tmp_path_factory.mktemp("processes") / "data", train=9)
+    rows = [row.split(",") for row in (root / "dataset.csv").read_text().splitlines()]
+    for number in (2, 4, 5, 8):
+        rows[number][1] = ""
+    (root / "dataset.csv").write_text("\n".join(",".join(row) for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """(processes, rank) -> what came of every training."""
+    found = {}
+    for processes in (1, 2, 3):
+        done = launch(processes, data, data.parent)
+        assert done.returncode == 0, done.stderr
+        for rank in range(processes):
+            found[processes, rank] = torch.load(data.parent / f"{processes}-{rank}.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gradients_and_weights_are_those_of_one_process(trained, processes, name):
+    one = trained[1, 0][name]
+    assert all(gradient.abs().max() > 0 for gradient in one["gradients"][0].values())
+    for rank in range(processes):
+        own = trained[processes, rank][name]
+        # Before the first update all have the same weights; parameters that no step uses have no gradient anywhere.
+        torch.testing.assert_close(own["gradients"][0], one["gradients"][0], rtol=0, atol=1e-6)
+        assert [set(step) for step in own["gradients"]] == [set(step) for step in one["gradients"]]
+        torch.testing.assert_close(own["weights"], one["weights"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_logs_theta_and_counts_are_the_same_everywhere(trained, processes, name):
+    one, first = trained[1, 0][name], trained[processes, 0][name]
+    for rank in range(1, processes):
+        other = trained[processes, rank][name]
+        assert other["records"] == first["records"]
+        if name.startswith("cacl"):
+            torch.testing.assert_close(other["weights"][1], first["weights"][1], rtol=0, atol=0)
+    for record, wanted in zip(first["records"], one["records"], strict=True):
+        flat = [x for value in record.values() for x in (value if isinstance(value, list) else [value])]
+        flat_wanted = [x for value in wanted.values() for x in (value if isinstance(value, list) else [value])]
+        assert flat[1:] == pytest.approx(flat_wanted[1:], rel=1e-4, abs=1e-5)
+
+
+def test_the_processes_had_unequal_shares(trained):
+    """Without this the others would show little."""
+    for processes in (2, 3):
+        pairs = [trained[processes, rank]["cacl-soft"]["pairs"] for rank in range(processes)]
+        assert any(len(set(step)) > 1 for step in zip(*pairs, strict=True))
+        assert any(0 in step and any(step) for step in zip(*pairs, strict=True))
+    for mode in ("fixed", "soft", "quantile"):
+        records = trained[1, 0][f"cacl-{mode}"]["records"]
+        assert all(record["bgs"] > 0.01 and 0 < record["pass_rate"] < 1 for record in records)
+    assert trained[1, 0]["cacl-soft"]["records"][-1]["threshold"] != pytest.approx(-0.1)
+    assert trained[1, 0]["cacl-quantile"]["records"][-1]["threshold"] != pytest.approx(-0.1)
