@@ -81,6 +81,8 @@ class Loop:
             raise expected("epochs", "a number of at least 0", self.epochs)
         if self.batch_size < 1:
             raise expected("batch_size", "at least 1", self.batch_size)
+        if self.batch_size < count():
+            raise expected("batch_size", f"at least 1 image for each of the {count()} processes", self.batch_size)
 
     def steps(self, images: int) -> int:
         return math.ceil(self.epochs * images / self.batch_size)
@@ -125,12 +127,9 @@ def train(
 
     Raises:
         NotFiniteError: if a loss is not finite; the last good checkpoint stays.
-        ValueError: if an image does not decode, a checkpoint does not fit, or there are more processes than images in a
-            batch; names the file.
+        ValueError: if an image does not decode, or a checkpoint does not fit; names the file.
         ChildProcessError: if a process that loads images dies.
     """
-    if loop.batch_size < count():
-        raise expected("batch_size", f"at least 1 image for each of the {count()} processes", loop.batch_size)
     device = torch.device(loop.device)
     steps = loop.steps(len(dataset))
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")

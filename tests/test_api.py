@@ -22,8 +22,8 @@ BGSuppressionLoss(threshold: float = 0.26, *, mode: ThresholdMode = 'fixed', bou
     0.3), temperature: float = 0.01, quantile: float = 0.8, momentum: float = 0.99, num_classes: int | None = None,
     reduction: Reduction = 'sum') -> None
 BGSuppressionLoss.threshold
-BGSuppressionLoss.forward(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None = None) ->
-    Tensor
+BGSuppressionLoss.forward(self, foreground: Tensor, background_text: Tensor, classes: Tensor | None = None, *, across:
+    bool = False) -> Tensor
 BackgroundSet(words: Mapping[str, Sequence[str]]) -> None
 BackgroundSet.voc(n: int = 5) -> BackgroundSet
 BackgroundSet.coco(n: int = 5) -> BackgroundSet
@@ -46,14 +46,15 @@ CAMNet.forward(self, images: Tensor) -> CAMOutput
 CAMNet.classify(self, images: Tensor) -> Tensor
 CAMNet.scores(self, images: Tensor) -> Tensor
 CAMNet.predict(self, images: Tensor, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool = True, size:
-    tuple[int, int] | None = None, activation: Literal['relu', 'sigmoid'] = 'relu') -> Tensor
+    tuple[int, int] | None = None, classes: Tensor | None = None, activation: Literal['relu', 'sigmoid'] = 'relu') ->
+    Tensor
 CAMNet.parameter_groups(self, lr: float, *, head_factor: float = 10.0) -> list[dict[str, object]]
 CAMOutput(cams, scores)
 ContextSelector(prompt_features: Tensor, *, mode: Literal['dynamic', 'fixed'] = 'dynamic', template: int = 0) ->
     None
-ContextSelector.forward(self, foreground: Tensor, classes: Tensor) -> Selection
+ContextSelector.forward(self, foreground: Tensor, classes: Tensor, *, across: bool = False) -> Selection
 ITCLoss(margin: float = 0.5, *, reduction: Reduction = 'mean') -> None
-ITCLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor) -> Tensor
+ITCLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor, *, across: bool = False) -> Tensor
 ImageTextEncoder: image_size, mean, std
 ImageTextEncoder.encode_image(self, images: Tensor) -> Tensor
 ImageTextEncoder.encode_text(self, texts: Sequence[str]) -> Tensor
@@ -62,18 +63,18 @@ PromptSet(templates: Iterable[str] = ('a photo of {}.', 'an image of {}.', 'a pi
 PromptSet.texts(self, name: str) -> list[str]
 PromptSet.encode(self, encoder: ImageTextEncoder, names: Sequence[str], *, batch_size: int = 256) -> Tensor
 RegionLoss()
-RegionLoss.forward(self, cams: Tensor) -> Tensor
+RegionLoss.forward(self, cams: Tensor, *, across: bool = False) -> Tensor
 Regions(foreground, background, image_index, class_index)
 Selection(text, index, similarity)
 bg_suppression_loss(foreground: Tensor, background_text: Tensor, threshold: Tensor | float = 0.26, *, temperature:
-    float | None = None, reduction: Reduction = 'sum') -> Tensor
-itc_loss(foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction =
-    'mean') -> Tensor
+    float | None = None, reduction: Reduction = 'sum', across: bool = False) -> Tensor
+itc_loss(foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction = 'mean',
+    across: bool = False) -> Tensor
 load_encoder(name: str | PathLike[str] = 'ViT-B/32', *, device: torch.device | str | None = None, root: str |
     PathLike[str] | None = None) -> ImageTextEncoder
 pipeline
 present_pairs(labels: Tensor) -> tuple[Tensor, Tensor]
-region_loss(cams: Tensor) -> Tensor
+region_loss(cams: Tensor, *, across: bool = False) -> Tensor
 split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 224) -> Regions
 """
 
@@ -96,7 +97,8 @@ irn.mine_labels(image: NDArray[np.uint8], classes: NDArray[np.integer], maps: ND
     torch.device | str = 'cpu') -> NDArray[np.uint8]
 irn.IRNet(backbone: str | nn.Module = 'resnet50', *, weights: str | None = 'DEFAULT') -> None
 irn.IRNOutput(edges, displacements)
-irn.affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10) -> IRNTerms
+irn.affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10, across: bool = False) ->
+    IRNTerms
 random_walk.propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor
 metrics.ConfusionMatrix(num_classes: int) -> None
 metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],

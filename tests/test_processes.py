@@ -11,16 +11,17 @@ import pytest
 import torch
 from drawn import write_csv
 from processes import NAMES
+from test_pipeline import files
 
 HERE = Path(__file__).parent
 
 
-def launch(processes: int, *arguments: object, script: str = "processes.py", **options: object):
-    """A script of this folder, run by torchrun, or by itself for one process."""
+def launch(processes: int, *arguments: object):
+    """A script or module, run by torchrun, or by itself for one process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / script), *map(str, arguments)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def trained(data):
     """(processes, rank) -> what came of every training."""
     found = {}
     for processes in (1, 2, 3):
-        done = launch(processes, data, data.parent)
+        done = launch(processes, HERE / "processes.py", data, data.parent)
         assert done.returncode == 0, done.stderr
         for rank in range(processes):
             found[processes, rank] = torch.load(data.parent / f"{processes}-{rank}.pt", weights_only=True)
@@ -85,3 +86,58 @@ def test_the_processes_had_unequal_shares(trained):
         assert all(record["bgs"] > 0.01 and 0 < record["pass_rate"] < 1 for record in records)
     assert trained[1, 0]["cacl-soft"]["records"][-1]["threshold"] != pytest.approx(-0.1)
     assert trained[1, 0]["cacl-quantile"]["records"][-1]["threshold"] != pytest.approx(-0.1)
+
+
+SMALL = [
+    "scenes.train=11", "scenes.val=4", "scenes.size=64", "run.workers=0", "run.device=cpu", "warmup.epochs=0",
+    "cacl.epochs=0", "irn.epochs=0", "segment.epochs=0", "masks.iterations=2", "report.images=2",
+]  # fmt: skip
+
+
+def chain(processes: int, root: Path, *settings: str):
+    options = [part for setting in (*SMALL, *settings) for part in ("--set", setting)]
+    out = root / f"out{processes}"
+    return out, launch(
+        processes,
+        "-m",
+        "cacl",
+        "run",
+        "scenes",
+        "--set",
+        f"data.root={root / 'data'}",
+        "--set",
+        f"run.out={out}",
+        *options,
+    )
+
+
+def test_where_nothing_is_trained_every_file_is_the_same_byte_for_byte(tmp_path):
+    results = {processes: chain(processes, tmp_path) for processes in (2, 1, 3)}
+    wanted = files(results[1][0])
+    assert sum(name.endswith((".npz", ".png")) for name in wanted) == 4 * 11 + 4 + 3
+    for processes, (out, done) in results.items():
+        assert done.returncode == 0, done.stderr
+        assert files(out) == wanted
+        summary = [line for line in done.stdout.splitlines() if "mIoU" in line]
+        assert len(summary) == 7  # of one process only
+        assert done.stderr.count("masks: finished") == 1, (processes, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("camnet.backbone=resnet51", "cacl: Expected argument `backbone` to be one of"),
+        ("data.train=tarin", "cacl: "),
+        (
+            "warmup.batch_size=1",
+            "cacl: Expected argument `batch_size` to be at least 1 image for each of the 2 processes",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_once(tmp_path, setting, line):
+    _, done = chain(2, tmp_path, setting)
+    assert done.returncode != 0
+    said = [text for text in done.stderr.splitlines() if text.startswith("cacl:")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(line)
+    assert "cacl/" not in done.stderr  # no traceback
