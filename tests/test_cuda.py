@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from drawn import picture
+from conftest import TinyEncoder
+from drawn import picture, write_csv
+from test_pipeline import run
+from torch import nn
 
-from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, bg_suppression_loss, itc_loss, region_loss
+from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, CAMNet, bg_suppression_loss, itc_loss, region_loss
+from cacl.cams import train_cacl, train_classifier
 from cacl.crf import dense_crf
+from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2, segmentation_loss
-from cacl.irn import affinity_loss
+from cacl.irn import IRNet, affinity_loss
+from cacl.masks import train_irnet
 from cacl.random_walk import propagate
-from cacl.segment import segment_photos
+from cacl.segment import segment_photos, train_segmenter
+from cacl.training import Loop
+from cacl.transforms import RandomView
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -124,3 +132,83 @@ def test_masks_of_photos_equal_the_cpu_s(tmp_path, workers):
 
 def _mask(index, pixels, mask):
     return mask
+
+
+STAGES = ("warmup", "cacl", "irn", "segment")
+
+
+def few_steps(stage, root, device, callback, *, precision="fp32", steps=3, compiled=False):
+    """Train a small network of a stage; the network."""
+    torch.manual_seed(0)
+    dataset = CSVDataset(root, "train")
+    masks = stage in ("irn", "segment")
+    loop = Loop(
+        epochs=steps * 3 / len(dataset), batch_size=3, view=RandomView(64), device=device, precision=precision,
+        masks=masks, progress=False, workers=1,
+    )  # fmt: skip
+    makers = {"irn": lambda: IRNet("scenes"), "segment": lambda: DeepLabV2(3, backbone="scenes")}
+    net: nn.Module = makers.get(stage, lambda: CAMNet(2, backbone="scenes"))()
+    net.to(device, memory_format=torch.channels_last)
+    if compiled:
+        net.compile()
+    if stage == "warmup":
+        train_classifier(net, dataset, loop, lr=0.01, callback=callback)
+    elif stage == "cacl":
+        words = BackgroundSet({"boat": ["lake"], "train": ["track"]})
+        criterion = CACLLoss(TinyEncoder().to(device), ("boat", "train"), backgrounds=words).to(device)
+        train_cacl(net, criterion, dataset, loop, lr=0.01, callback=callback)
+    else:
+        trainer = train_irnet if stage == "irn" else train_segmenter
+        trainer(net, dataset, root / "masks", loop, lr=1e-4, callback=callback)
+    return net
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_few_steps_of_every_stage_are_the_cpu_s(tmp_path, stage, precision):
+    root = write_csv(tmp_path / "data", train=9)
+    losses = {"cpu": [], "cuda": []}
+    for device, seen in losses.items():
+        exact = precision if device == "cuda" else "fp32"
+        few_steps(stage, root, device, lambda record, seen=seen: seen.append(record["loss"]), precision=exact)
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
+    assert len(losses["cuda"]) == 3
+    count = 1 if precision == "fp16" else 3  # gradient scaling leaves its first steps out
+    assert losses["cuda"][:count] == pytest.approx(losses["cpu"][:count], rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_of_the_loop_never_waits_and_memory_is_flat(tmp_path, stage, precision):
+    root = write_csv(tmp_path / "data", train=9)
+    held = {}
+
+    def watch(record):
+        held[record["step"]] = torch.cuda.memory_allocated()
+        if record["step"] == 3:  # libraries may wait when they are first used
+            torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        few_steps(stage, root, "cuda", watch, precision=precision, steps=30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(held) == 30
+    assert max(held[step] for step in range(20, 31)) <= max(held[step] for step in range(8, 20)) + 2**20
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(tmp_path):
+    root = write_csv(tmp_path / "data", train=9)
+    losses = {False: [], True: []}
+    for compiled, seen in losses.items():
+        few_steps("cacl", root, "cuda", lambda record, seen=seen: seen.append(record["loss"]), compiled=compiled)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_whole_chain(tmp_path, precision):
+    root = write_csv(tmp_path / "data")
+    result = run(root, tmp_path / "out", "run.device=cuda", f"run.precision={precision}", "run.workers=1")
+    assert list(result.metrics) == ["warmup", "cacl", "cams", "irn", "masks", "segment", "predict"]
+    assert len(list((result.out / "masks/train").glob("*.png"))) == 6
+    assert len(list((result.out / "predict/eval").glob("*.png"))) == 3
