@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import nn
 
 from cacl import pipeline
 from cacl._checks import InputError, check_choice, check_positive
-from cacl._files import read_json, write_json, write_text
+from cacl._files import locked, read_json, write_json, write_text
 from cacl._log import Callback, Log
+from cacl._processes import joined, local_device, once, together
 from cacl._session import Session
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
@@ -62,7 +64,8 @@ def run(
     """Train the variants of some tables and write each table as Markdown and as CSV into ``[run] out``.
 
     A variant that stands in several tables is trained once, and every training starts from the warm-up of its seed.
-    What is finished is not done again, and the tables are written anew after each training.
+    What is finished is not done again, and the tables are written anew after each training. Several processes share
+    the work as they do in :func:`cacl.pipeline.run`.
 
     Args:
         config: what the variants vary.
@@ -82,32 +85,39 @@ def run(
     check_positive("seeds", seeds)
     for table in tables:
         check_choice("tables", table, TABLES)
+    with joined(local_device(config.run.device, "[run] device"), config.run.timeout_seconds), locked(config.run.out):
+        return _run(config, tables, seeds, {"encoder": encoder, "backbone": backbone, "callback": callback})
+
+
+def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str, Any]) -> list[Path]:
     out = config.run.out
     folders = _folders(config)
     wanted = {table: [(v, folders[repr(v.changes)]) for v in variants(config, table)] for table in tables}
     changed = {name: config.changed(v.changes) for rows in wanted.values() for v, name in rows}
-    arguments: dict[str, Any] = {"encoder": encoder, "backbone": backbone, "callback": callback}
     scores: dict[str, list[Score]] = {name: [] for name in changed}
     starts: list[Score] = []
-    if Session(config, encoder, backbone, None).eval is None:
-        raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
-    for variant in changed.values():
-        _ = Session(variant, encoder, backbone, None).backgrounds  # too few words show now
+    with together():
+        own = arguments["encoder"], arguments["backbone"]
+        if Session(config, *own, None).eval is None:
+            raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
+        for variant in changed.values():
+            _ = Session(variant, *own, None).backgrounds  # too few words show now
     for i in range(seeds):
         seed = config.run.seed + i
         folder = out / f"seed-{seed}"
         start = folder / "start"
         warmup = pipeline.run(config.changed({"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
-        starts.append(_score(warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size))
+        starts.append(once(partial(_score, warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size)))
         for number, (name, variant) in enumerate(changed.items(), start=1):
             logger.info("ablate: seed %d, %s (%d of %d)", seed, name, number, len(changed))
-            _fork(start, folder / name)
-            own = variant.changed({"run": {"out": folder / name, "seed": seed}})
-            result = pipeline.run(own, stages=["warmup", "cacl"], **arguments)
-            scores[name].append(_score(result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size))
+            once(partial(_fork, start, folder / name))
+            changed_run = variant.changed({"run": {"out": folder / name, "seed": seed}})
+            result = pipeline.run(changed_run, stages=["warmup", "cacl"], **arguments)
+            score = partial(_score, result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size)
+            scores[name].append(once(score))
             for table, rows in wanted.items():
                 lines = [(v, scores[own_folder]) for v, own_folder in rows]
-                _write(out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"])
+                once(partial(_write, out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"]))
     return [out / f"table-{table}.md" for table in tables]
 
 

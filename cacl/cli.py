@@ -111,7 +111,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from cacl.report import report
 
-    print(f"report: {report(options.run, options.out, ablation=options.ablation)}")
+    print(f"report: {report(options.run, options.out, ablation=options.ablation, device=options.device)}")
     return 0
 
 
@@ -215,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="the run folder")
     report.add_argument("--out", metavar="PATH", help="an HTML file or a folder (default: RUN/report)")
     report.add_argument("--ablation", metavar="DIR", help="folder of `cacl ablate` (default: RUN-ablation)")
+    report.add_argument("--device", metavar="NAME", help="a torch device (default: the run's)")
     report.set_defaults(command=_report)
 
     export = commands.add_parser(

@@ -36,6 +36,7 @@ def report(
     images: int | None = None,
     encoder: ImageTextEncoder | None = None,
     backbone: nn.Module | None = None,
+    device: str | None = None,
 ) -> Path:
     """Write the report of a run folder, as far as the run has come.
 
@@ -46,6 +47,7 @@ def report(
         images: how many photos are shown in each table of photos; by default what ``[report]`` says.
         encoder: what was given to :func:`cacl.pipeline.run`.
         backbone: what was given to :func:`cacl.pipeline.run`.
+        device: a torch device; by default the run's own.
 
     Returns:
         The HTML file.
@@ -59,6 +61,8 @@ def report(
     if images is not None:
         check_positive("images", images)
         config = config.changed({"report": {"images": images}})
+    if device is not None:
+        config = config.changed({"run": {"device": device}})
     session = Session(config, encoder, backbone, None)
     target = Path(out) if out is not None else session.out / "report"
     if target.suffix == ".html":
@@ -118,7 +122,7 @@ def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablat
         tiles=_sections.tiles(scores),
         chain=_sections.chain(scores),
         sections=[section for section in sections if section.blocks],
-        settings=session.config.to_toml(),
+        settings=session.config.to_toml(session.out),
     )
     write_text(path, render(page))
     return path

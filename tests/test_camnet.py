@@ -215,3 +215,12 @@ def test_a_backbone_that_gives_no_map(images):
 def test_inputs_are_checked(net, images, method):
     with pytest.raises(TypeError, match=re.escape("`images` to be of a floating point type, but got torch.uint8.")):
         getattr(net, method)(images.byte())
+
+
+def test_maps_of_some_classes_are_those_of_all(backbone, randn):
+    net = CAMNet(5, backbone=backbone)
+    images = randn(2, 3, 48, 40)
+    every = net.predict(images, size=(12, 10))
+    for classes in ([3, 1], [], [4]):
+        some = net.predict(images, size=(12, 10), classes=torch.tensor(classes, dtype=torch.int64))
+        assert torch.equal(some, every[:, classes])

@@ -108,3 +108,16 @@ def test_mistakes(tmp_path, text, message):
 def test_bad_sources(source, overrides, message):
     with pytest.raises(ValueError, match=message):
         Config.load(source, overrides)
+
+
+def test_a_configuration_moves_with_its_folder(tmp_path):
+    out = tmp_path / "here/run"
+    config = Config.load("scenes", [f"run.out={out}", f"data.root={out / 'data'}"])
+    out.mkdir(parents=True)
+    (out / "config.toml").write_text(config.to_toml(out))
+    assert Config.load(out / "config.toml") == config
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = Config.load(tmp_path / "there/run/config.toml")
+    assert moved.run.out == tmp_path / "there/run"
+    assert moved.data.root == tmp_path / "there/run/data"
+    assert str(config.run.out) in config.to_toml()  # without a folder, as it is
