@@ -76,8 +76,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     with _reported():
         yield
-        if begun:
-            dist.barrier() if device.type == "cpu" else gathered(None)
+        gathered(None)  # nobody leaves while another still listens
     if begun:
         dist.destroy_process_group()
 
@@ -114,7 +113,7 @@ def gathered(value: T) -> list[T]:
 
 
 def once(function: Callable[[], T]) -> T:
-    """What ``function`` gives on rank 0, or the :class:`InputError` that it raises there, on every process.
+    """What ``function`` gives on rank 0, or what it raises there as in :func:`together`, on every process.
 
     Nobody goes on before it is done. In it, this is the only process there is.
     """
@@ -134,14 +133,14 @@ def once(function: Callable[[], T]) -> T:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that every process runs: if one raises an :class:`InputError` in it, all do when all are through."""
+    """A block that every process runs: what one raises in it of the errors that are one line, all raise at its end."""
     if count() == 1:
         yield
         return
-    own: InputError | None = None
+    own: InputError | OSError | None = None
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         own = error
     messages = gathered(None if own is None else str(own))
     for number, message in enumerate(messages):

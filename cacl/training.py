@@ -213,12 +213,8 @@ class _Pending:
         ] = deque()
 
     def add(self, record: Record, ids: Callable[[], list[str]], terms: Mapping[str, Tensor], stopping: bool) -> None:
-        flat = torch.cat([value.detach().float().reshape(-1) for value in terms.values()])
-        if count() > 1:
-            asked = torch.full((1,), float(stopping), device=flat.device)
-            flat = total(torch.cat((flat, asked))) / count()
-        elif stopping:
-            self.stop = record["step"]
+        asked = torch.full((1,), float(stopping), device=terms["loss"].device)
+        flat = total(torch.cat([asked, *(value.detach().float().reshape(-1) for value in terms.values())]))
         event = None
         if flat.is_cuda:
             flat = flat.to("cpu", non_blocking=True)
@@ -242,10 +238,9 @@ class _Pending:
         record, ids, sizes, flat, event = self.queue.popleft()
         if event is not None:
             event.synchronize()
-        numbers = flat.tolist()
-        values = iter(numbers)
-        if len(numbers) > sum(size or 1 for _, size in sizes) and numbers[-1] > 0 and self.stop is None:
-            # Where a device is waited for, the processes see this at different steps, all of them before that one.
+        values = iter((flat / count()).tolist())
+        if next(values) > 0 and self.stop is None:
+            # Where values come late, the processes see this at different steps, but all of them before that one.
             self.stop = record["step"] + (0 if event is None else self.patience + 1)
         for key, size in sizes:
             record[key] = [_short(next(values)) for _ in range(size)] if size else _short(next(values))
