@@ -14,6 +14,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -31,7 +32,8 @@ from PIL import Image
 import cacl
 from cacl import BackgroundSet, CACLLoss, CAMNet, ablate, cli, load_encoder, pipeline
 from cacl._chart import check_report
-from cacl.cams import evaluate_cams
+from cacl._processes import _reported
+from cacl.cams import evaluate_cams, load_images
 from cacl.config import Config, Training
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
@@ -335,12 +337,33 @@ def mistakes(place: Path):
 
         list(map_processes(os._exit, [1, 1], workers=2))
 
+    def dying_loader():
+        class Deadly(CSVDataset):
+            def image(self, index):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        list(load_images(Deadly(write_csv(place / "deadly"), "train"), [0, 1], 1))
+
+    def used_twice():
+        hold = "import sys; from cacl._files import *\nwith locked(Path('run')): print(flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", hold]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=place) as other:
+            other.stdout.readline()
+            try:
+                pipeline.run(LOAD("scenes", ["run.out=run"]))
+            finally:
+                other.stdin.close()
+
+    def left_alone():
+        with _reported():
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
     criterion = CACLLoss(TinyEncoder(), ["boat", "bird", "train"])
     images, cams = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 8, 8)
     (place / "tulips.pt").write_text("no checkpoint")
     return [
         broken_data, wrong_header, without_masks, void_for_the_server, other_model, own_backbone, misfit,
-        weights_without_network, clip_without_network, diverging, dying,
+        weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),
