@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pickle import UnpicklingError
 
@@ -29,9 +29,24 @@ def expected(argument: str, wanted: str, got: object) -> InputError:
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
-    if isinstance(error, UnpicklingError):  # torch's own text advises to run what is in the file
+    if isinstance(error, UnpicklingError) or "allow_pickle" in str(error):  # whose text advises to run what is in it
         return "it holds something else than tensors and plain values"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(value: object) -> str:
+    """A path or a text as it is, or in quotes and escaped where it would not stay one line that can be printed."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
+def quoted(value: object) -> str:
+    """A value as it was given, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def shape(tensor: Tensor) -> str:
@@ -46,6 +61,16 @@ def check_tensor(argument: str, value: object, dims: str) -> None:
         raise InputTypeError(f"Expected argument `{argument}` to be of a floating point type, but got {value.dtype}.")
     if value.ndim != dims.count(",") + 1:
         raise expected(argument, f"a tensor {dims}", shape(value))
+
+
+def check_weights(source: object, weights: Mapping[str, Tensor]) -> None:
+    """Require weights from a file to be plain tensors, no larger than what was stored of them, and finite."""
+    for name, value in weights.items():
+        plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{source}: {name!r}: expected a tensor with all of its values")
+        if not value.isfinite().all():
+            raise InputError(f"{source}: {name!r}: expected finite weights, but got NaN or infinity")
 
 
 def check_same_shape(dims: str, **tensors: Tensor) -> None:

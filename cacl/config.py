@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cacl._checks import InputError, did_you_mean, shown
+from cacl._checks import InputError, did_you_mean, quoted, shown
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 PRESETS = ("voc", "coco", "scenes")
@@ -42,7 +42,7 @@ class Table(BaseModel):
     def _can_be_written(cls, value: Any) -> Any:
         for text in value if isinstance(value, list | tuple) else [value]:
             if isinstance(text, str | Path) and ("\0" in str(text) or not _is_utf8(str(text))):
-                raise ValueError(f"expected text in UTF-8 without zeros, but got {_short(str(text))}")
+                raise ValueError(f"expected text in UTF-8 without zeros, but got {quoted(str(text))}")
         return value
 
 
@@ -69,7 +69,7 @@ class Run(Table):
 class Data(Table):
     """``[data]``: the images."""
 
-    format: Literal["voc", "csv", "scenes"]
+    format: Literal["voc", "coco", "csv", "scenes"]
     """``"scenes"`` is drawn into ``root`` when it is first needed (see :func:`cacl.scenes.generate`)."""
     root: Path
     train: str = "train"
@@ -363,7 +363,7 @@ def _file(path: Path) -> dict[str, Any]:
     if base is None:
         return tables
     if base not in PRESETS:
-        raise InputError(f"{shown(path)}: base: expected a preset ({', '.join(PRESETS)}), but got {_short(base)}")
+        raise InputError(f"{shown(path)}: base: expected a preset ({', '.join(PRESETS)}), but got {quoted(base)}")
     return _merge(_preset(base), tables)
 
 
@@ -430,16 +430,7 @@ def _line(model: type[BaseModel], error: Any) -> str:
         return f"{name}: missing"
     if error["type"] == "value_error":  # of this package: a whole sentence
         return f"{name}: {error['msg'].removeprefix('Value error, ')}"
-    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, but got {_short(error['input'])}"
-
-
-def _short(value: object) -> str:
-    """A value as it was given, cut off where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, but got {quoted(error['input'])}"
 
 
 def _is_utf8(text: str) -> bool:

@@ -84,6 +84,7 @@ STAGES = """
 pipeline.run(config: Config | str | PathLike[str], *, encoder: ImageTextEncoder | None = None, backbone: nn.Module |
     None = None, stages: Sequence[str] | None = None, resume: bool = True, callback: Callback | None = None) -> Result
 datasets.VOC(root: str | PathLike[str], split: str) -> None
+datasets.COCO(root: str | PathLike[str], split: str) -> None
 datasets.CSVDataset(root: str | PathLike[str], split: str | None = None) -> None
 datasets.Sample(id, image, labels, mask)
 cams.make_cams(net: CAMNet, dataset: Dataset, out: Path, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool

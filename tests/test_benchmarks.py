@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cacl import BackgroundSet, PromptSet
-from cacl.datasets import read_image
+from cacl.datasets import COCO, check_folder, read_image
 from cacl.transforms import RandomView
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -128,3 +128,41 @@ def test_predict_measures_both_and_they_agree(tmp_path: Path) -> None:
     assert list(result["runs"]) == ["plain loop", "cacl predict"]
     assert all(row["seconds"] > 0 and row["MB"] > 100 for row in result["runs"].values())
     assert "times as fast" in done.stdout
+
+
+@pytest.mark.slow
+def test_coco_runs_and_writes_its_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "coco.json"
+    command = [sys.executable, BENCHMARKS / "coco.py", "--images", "60", "--steps", "4", "--crop", "32"]
+    done = subprocess.run([*command, "--json", file], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["cacl"]["images"] == row["plain"]["images"] == 60
+    assert all(row[name]["seconds"] > 0 and row[name]["MB"] > 0 for name in ("cacl", "plain"))
+    for kind in ("train", "train, objects"):
+        assert row[kind]["first step"] > 0
+        assert len(row[kind]["main MB"]) == len(row[kind]["workers MB"]) == 3
+        assert min(row[kind]["main MB"] + row[kind]["workers MB"]) > 0
+    assert "own of 2 workers" in done.stdout
+
+
+def test_coco_draws_photos_without_a_problem(tmp_path: Path) -> None:
+    coco = load("coco")
+    coco.draw(tmp_path, 200)
+    assert check_folder(tmp_path, format="coco") == []
+    for split, count in (("train", 150), ("val", 50)):
+        data = COCO(tmp_path, split)
+        assert len(data) == count
+        assert data.classes == coco.NAMES
+        shown = {k for entry in data.entries for k in entry.labels}
+        assert len(shown) == 80
+        assert not all(entry.labels for entry in data.entries)
+        assert any(255 in data.mask(i) for i in range(8))
+
+
+def test_coco_plain_has_the_same_labels(tmp_path: Path) -> None:
+    coco = load("coco")
+    coco.write_like_coco(tmp_path, 30)
+    ours, theirs = COCO(tmp_path, "train"), coco.Plain(tmp_path)
+    assert [(str(entry.image), list(entry.labels)) for entry in ours.entries] == theirs.samples
+    assert all(255 >= ours.mask(i).max() > 0 for i in range(30) if theirs.annotations[i])

@@ -1,6 +1,8 @@
 """Data sets: every kind of photo opens, and every problem is a line with the file's path."""
 
 import pickle
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -214,6 +216,51 @@ def test_fingerprint_follows_the_data(tmp_path):
     assert CSVDataset(tmp_path, "train").fingerprint() != first
 
 
+def test_a_table_of_any_size_takes_little_memory(tmp_path, monkeypatch):
+    write_csv(tmp_path)
+    rows = (f"images/{i:012}.png,boat;train,masks/{i:012}.png,{'val' if i % 8 else 'train'}" for i in range(4000))
+    (tmp_path / "dataset.csv").write_text("\n".join(["image,labels,mask,split", *rows]))
+    monkeypatch.setattr("cacl._listing.os.path.isfile", lambda path: True)
+    monkeypatch.setattr(sys, "intern", lambda name: name)  # pathlib's table of names grows by megabytes at any time
+    for split, count, most in (("train", 500, 1e6), ("val", 3500, 2e6)):
+        tracemalloc.start()
+        data = CSVDataset(tmp_path, split)
+        used, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(data) == count
+        assert data.entries[-1].image == tmp_path / f"images/{int(data.entries[-1].id):012}.png"
+        assert used < 120 * count + 100_000
+        assert peak < most
+
+
+def test_other_masks(tmp_path):
+    """What a subclass reads in its own way stays so, but for the masks."""
+
+    class Bright(CSVDataset):
+        def image(self, index):
+            return super().image(index) + 1
+
+        def labels(self, index):
+            return 1 - super().labels(index)
+
+        def mask(self, index):
+            raise AssertionError
+
+    data = Bright(write_csv(tmp_path), "train")
+    (tmp_path / "made").mkdir()
+    Image.new("L", (64, 48), 7).save(tmp_path / "made/2.png")
+    other = data.with_masks(tmp_path / "made")
+    assert other.image(2).equal(read_image(tmp_path / "images/2.png") + 1)
+    assert other[2].labels.tolist() == [0, 0]
+    assert other[2].mask.unique().tolist() == [7]
+    assert other.entries[-1] == data.entries[5]._replace(mask=tmp_path / "made/5.png")
+    assert [entry.mask.name for entry in other.entries[1:3]] == ["1.png", "2.png"]
+    assert len(other) == len(other.masked) == 6
+    data.entries = tuple(entry._replace(mask=None) for entry in data.entries)
+    assert data.masked == []
+    assert data.with_masks(tmp_path / "made").entries[2].mask == tmp_path / "made/2.png"
+
+
 def test_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="Expected argument `format` to be one of voc, csv, scenes, but got 'cocoa'"):
+    with pytest.raises(ValueError, match="Expected argument `format` to be one of voc, coco, csv, scenes, but got"):
         open_dataset("cocoa", tmp_path, "train")

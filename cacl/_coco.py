@@ -1,0 +1,345 @@
+"""COCO's ``instances_*.json`` in little memory: what each image shows, and the places of its annotations in the file.
+
+The file (450 MB for the training images of 2014) is gone through once. Masks are drawn when they are asked for, from
+annotations that are then read at their places.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacl._checks import InputError, first_line, quoted, shown
+from cacl._json_stream import JSONStream
+from cacl._listing import Entries, Entry, Listing, Texts, duplicates, outside, short_ids
+from cacl.metrics import IGNORE
+
+
+def read_coco(root: Path, split: str) -> tuple[Listing, Objects]:
+    """A split of COCO, and what its masks are drawn from.
+
+    ``train`` is ``annotations/instances_train2014.json`` with the photos in ``train2014``, or else
+    ``instances_train.json`` with those in ``train``.
+    """
+    folder = root / "annotations"
+    for name in (f"{split}2014", split):
+        path = folder / f"instances_{name}.json"
+        if os.path.isfile(path):  # Path.is_file raises for a name that is too long
+            return _resolved(path, root / name, _read(path))
+    known = ", ".join(map(shown, coco_splits(root))) or "no such file"
+    raise InputError(
+        f"{folder}: expected split {quoted(split)} as instances_{split}2014.json or instances_{split}.json, "
+        f"but there is {known}"
+    )
+
+
+def coco_splits(root: Path) -> list[str]:
+    """The splits that a folder of COCO has, such as ``train2014``."""
+    return sorted(path.stem.removeprefix("instances_") for path in (root / "annotations").glob("instances_*.json"))
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The places of the annotations of N images in a file."""
+
+    path: Path
+    images: NDArray[np.int64]
+    """``(N,)``: their ids in the file."""
+    sizes: NDArray[np.int32]
+    """``(N, 2)``: height, width."""
+    values: dict[int, int]
+    """Category id -> mask value."""
+    bounds: NDArray[np.int64]
+    """``(N + 1,)``: an image's annotations are those from its bound to the next."""
+    starts: NDArray[np.int64]
+    """``(A,)``: the first byte of each annotation."""
+    lengths: NDArray[np.int32]
+    """``(A,)``: its number of bytes."""
+
+    def mask(self, image: int) -> NDArray[np.uint8]:
+        """``(H, W)`` of the image at an index: crowds are 255, and of objects that overlap, the smaller one is seen.
+
+        Raises:
+            ValueError: if the file has changed, or a segmentation does not decode.
+            ImportError: if the extra for polygons is missing.
+        """
+        height, width = self.sizes[image].tolist()
+        crowds, objects = [], []
+        for annotation in self._annotations(image):
+            try:
+                runs = _runs(annotation["segmentation"], height, width)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{shown(self.path)}: annotation {quoted(annotation.get('id'))}: expected polygons or an RLE of "
+                    f"{width}×{height} pixels ({first_line(error)[:200]})"
+                ) from None
+            if annotation.get("iscrowd"):
+                crowds.append((IGNORE, runs))
+            else:
+                objects.append((self.values[annotation["category_id"]], runs))
+        objects.sort(key=lambda one: sum(end - start for start, end in one[1]), reverse=True)
+        columns = np.zeros(width * height, dtype=np.uint8)  # one below the other, as RLE counts
+        for value, runs in crowds + objects:
+            for start, end in runs:
+                columns[start:end] = value
+        return np.ascontiguousarray(columns.reshape(width, height).T)
+
+    def _annotations(self, image: int) -> Iterator[dict[str, Any]]:
+        places = slice(self.bounds[image], self.bounds[image + 1])
+        try:
+            with open(self.path, "rb") as file:
+                for start, length in zip(self.starts[places].tolist(), self.lengths[places].tolist(), strict=True):
+                    file.seek(start)
+                    try:
+                        annotation = json.loads(file.read(length))
+                        same = annotation["image_id"] == self.images[image] and "segmentation" in annotation
+                        same = same and annotation["category_id"] in self.values
+                    except (LookupError, RecursionError, TypeError, ValueError):
+                        same = False
+                    if not same:
+                        raise InputError(
+                            f"{shown(self.path)}: expected an annotation of image {self.images[image]} at byte "
+                            f"{start}, but the file has changed since it was opened"
+                        )
+                    yield annotation
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+
+
+class _Columns:
+    """What is kept of a file's images, annotations and categories."""
+
+    def __init__(self) -> None:
+        self.categories: list[tuple[int, str]] = []
+        self.images, self.sizes, self.names = array("q"), array("i"), Texts()
+        self.forget_annotations()
+
+    def forget_annotations(self) -> None:
+        self.image_of, self.category_of, self.crowd = array("q"), array("q"), array("b")
+        self.starts, self.lengths = array("q"), array("i")
+
+    # Arrays refuse what is no integer, or too large, by a TypeError or an OverflowError.
+
+    def add_image(self, image: Any, start: int, length: int) -> None:
+        image["file_name"].encode()  # an AttributeError or a UnicodeEncodeError for what is no text
+        self.names.append(image["file_name"])
+        self.images.append(image["id"])
+        self.sizes.extend((image["height"], image["width"]))
+
+    def add_annotation(self, annotation: Any, start: int, length: int) -> None:
+        self.image_of.append(annotation["image_id"])
+        self.category_of.append(annotation["category_id"])
+        self.crowd.append(annotation.get("iscrowd", 0))
+        _ = annotation["segmentation"]
+        self.starts.append(start)
+        self.lengths.append(length)
+
+    def add_category(self, category: Any, start: int, length: int) -> None:
+        category["name"].encode()
+        if not category["name"].strip():
+            raise TypeError
+        self.categories.append((array("q", [category["id"]])[0], category["name"]))
+
+
+_WANTED = {
+    "images": "an object with file_name, and the integers id, height and width",
+    "annotations": "an object with segmentation, and the integers image_id, category_id and iscrowd",
+    "categories": "an object with name, and the integer id",
+}
+
+
+def _read(path: Path) -> _Columns:
+    columns = _Columns()
+    add = {
+        "images": columns.add_image,
+        "annotations": columns.add_annotation,
+        "categories": columns.add_category,
+    }
+    missing = set(add)
+    try:
+        with open(path, "rb") as file:
+            stream = JSONStream(file, path)
+            for key in stream.members():
+                if key not in add:
+                    stream.skip()
+                    continue
+                missing.discard(key)
+                for value, start, length in stream.elements():
+                    try:
+                        add[key](value, start, length)
+                    except (AttributeError, LookupError, OverflowError, TypeError, UnicodeEncodeError) as error:
+                        lacks = f" (missing {error})" if isinstance(error, KeyError) else ""
+                        raise InputError(
+                            f"{shown(path)}: {key}: expected {_WANTED[key]}, but there is something else at byte "
+                            f"{start}{lacks}"
+                        ) from None
+            stream.end()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if missing:
+        raise InputError(f"{shown(path)}: missing {', '.join(repr(key) for key in _WANTED if key in missing)}")
+    return columns
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{shown(path)}: expected a file that can be read, but {error.strerror or error}")
+
+
+def _resolved(path: Path, photos: Path, columns: _Columns) -> tuple[Listing, Objects]:
+    """Ids become indices, and what does not fit becomes a problem."""
+    where, names = shown(path), dict(columns.categories)
+    categories = sorted(names)
+    classes = tuple(names[id] for id in categories)
+    if not 1 <= len(classes) < IGNORE:
+        raise InputError(f"{where}: expected 1 to 254 categories, but got {len(classes)}")
+    if not columns.images:
+        raise InputError(f"{where}: expected images, but there is none")
+    problems = [f"{where}: duplicate category id {id}" for id in duplicates(id for id, _ in columns.categories)]
+    problems += [f"{where}: duplicate category {quoted(name)}" for name in duplicates(classes)]
+    problems += [f"{where}: duplicate image id {id}" for id in duplicates(columns.images)]
+    listed = np.zeros(len(columns.images), dtype=bool)
+    for index, problem in enumerate(_problems_of_images(where, columns)):
+        listed[index] = not problem
+        problems += problem
+    for key, given, known in (
+        ("image_id", columns.image_of, columns.images),
+        ("category_id", columns.category_of, categories),
+    ):
+        unknown = np.flatnonzero(_indices(given, np.array(known)) < 0)
+        if len(unknown):
+            some = f"{len(unknown)} annotation{'s' if len(unknown) > 1 else ''}"
+            problems.append(f"{where}: unknown {key} in {some}, such as {given[unknown[0]]}")
+    objects, labels = _placed(path, columns, listed, categories)
+
+    def entries() -> Iterator[Entry]:
+        there = photos.is_dir()
+        if not there:
+            problems.append(f"{shown(photos)}: no such folder")
+        wanted = (name for name, wanted in zip(columns.names, listed, strict=True) if wanted)
+        for name, present in zip(wanted, labels, strict=True):
+            photo = photos / name
+            if there and not os.path.isfile(photo):
+                problems.append(f"{shown(photo)}: no such file")
+            yield Entry(Path(name).with_suffix("").as_posix(), photo, present, path)
+
+    made = Entries(entries())
+    problems += [f"{where}: duplicate id {shown(id)}" for id in duplicates(entry.id for entry in made)]
+    return Listing(classes, short_ids(made), problems), objects
+
+
+def _problems_of_images(where: str, columns: _Columns) -> Iterator[list[str]]:
+    heights, widths = columns.sizes[::2], columns.sizes[1::2]
+    for id, name, height, width in zip(columns.images, columns.names, heights, widths, strict=True):
+        relative = Path(name)
+        if relative.anchor or ".." in relative.parts:
+            yield [f"{where}: image {id}: {outside(relative)}"]
+        elif not relative.name:
+            yield [f"{where}: image {id}: expected a file_name, but it is empty"]
+        elif not (height >= 1 and width >= 1 and height * width <= _LARGEST):
+            yield [f"{where}: image {id}: expected 1 to {_LARGEST} pixels, but got {width}×{height}"]
+        else:
+            yield []
+
+
+_LARGEST = 178956970
+"""Pixels; Pillow refuses photos with more."""
+
+
+def _placed(
+    path: Path, columns: _Columns, listed: NDArray[np.bool_], categories: list[int]
+) -> tuple[Objects, Iterator[tuple[int, ...]]]:
+    """The annotations in the order of the images that are listed, and these images' labels."""
+    images, count = np.array(columns.images), int(listed.sum())
+    image, category = _indices(columns.image_of, images), _indices(columns.category_of, np.array(categories))
+    moved = np.where(listed, np.cumsum(listed) - 1, -1).astype(np.int32)  # index of an image -> of one that is listed
+    image = np.where(image >= 0, moved[image], -1)
+    order = np.argsort(image, kind="stable")
+    order = order[(image[order] >= 0) & (category[order] >= 0)]
+    image, category, bounds = image[order], category[order], np.arange(count + 1)
+    objects = Objects(
+        path,
+        images[listed],
+        np.array(columns.sizes).reshape(-1, 2)[listed],
+        {id: value for value, id in enumerate(categories, start=1)},
+        np.searchsorted(image, bounds),
+        np.asarray(columns.starts)[order],
+        np.asarray(columns.lengths)[order],
+    )
+    present = np.unique((image.astype(np.int64) * len(categories) + category)[np.asarray(columns.crowd)[order] == 0])
+    ends = np.searchsorted(present, bounds * len(categories))
+    labels = (tuple((present[ends[i] : ends[i + 1]] % len(categories)).tolist()) for i in range(count))
+    columns.forget_annotations()
+    return objects, labels
+
+
+def _indices(wanted: array[int], known: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The index in ``known`` of each that is wanted, of the first of equal ones; -1 for what is not there."""
+    order = np.argsort(known, kind="stable").astype(np.int32)
+    ids = np.asarray(wanted)
+    found = order[np.minimum(np.searchsorted(known[order], ids), len(known) - 1)]
+    return np.where(known[found] == ids, found, -1)
+
+
+def _runs(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """The pixels of a segmentation, column by column, as (first, one after the last) of each run."""
+    if isinstance(segmentation, list):
+        polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
+        if not all(polygon.ndim == 1 and (np.abs(polygon) < _FAR).all() for polygon in polygons):
+            raise ValueError("a polygon is no list of numbers near the image")
+        # Less than three points have no area, and pycocotools would take two of them for a box.
+        polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+        if not polygons:
+            return []
+        api = _pycocotools()
+        counts = _uncompressed(api.merge(api.frPyObjects(polygons, height, width))["counts"].decode())
+    else:
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"its size is {quoted(segmentation['size'])}")
+        counts = segmentation["counts"]
+        counts = _uncompressed(counts) if isinstance(counts, str) else counts
+    lengths = np.asarray(counts)
+    if lengths.dtype.kind != "i" or (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError("its counts do not add up")
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    return list(zip(ends[::2], ends[1::2], strict=False))  # background and object take turns
+
+
+_FAR = 1e6
+"""Pixels; pycocotools takes memory for every pixel of an outline."""
+
+
+def _uncompressed(text: str) -> list[int]:
+    """The run lengths of an RLE in COCO's code: 5 bits a letter from the lowest on, and a sign; from the fourth on
+    the difference to the one two before."""
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - ord("0")
+        if not 0 <= code < 64:
+            raise ValueError(f"unknown letter {letter!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last letter of a number
+            value -= (code & 16) // 16 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("it is cut off")
+    return counts
+
+
+def _pycocotools() -> ModuleType:
+    try:
+        return importlib.import_module("pycocotools.mask")
+    except ImportError as error:
+        raise ImportError(f"Masks of COCO need an extra: pip install 'cacl[coco]' ({error})") from None
