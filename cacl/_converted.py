@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError
+from cacl._checks import InputError, check_weights
 from cacl._files import load_state
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
 
@@ -41,8 +41,6 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
     translate, prefix = _caffe_name if caffe else _torchvision_name, "".join(prefixes)
     inside = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     state = {own: value for name, value in inside.items() if (own := translate(name)) is not None}
-    if caffe:
-        _take_over_input(state)
     wanted = {k: v for k, v in backbone.state_dict().items() if not k.endswith(("num_batches_tracked", "_extra_state"))}
     fitting = [k for k, v in wanted.items() if k in state and state[k].shape == v.shape]
     if len(fitting) < len(wanted):
@@ -52,6 +50,9 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
             f"{path}: expected weights of the whole backbone, but {len(fitting)} of {len(wanted)} parameters match; "
             f"{first!r}: expected {tuple(wanted[first].shape)}, but got {got}"
         )
+    check_weights(path, {name: state[name] for name in wanted})
+    if caffe:
+        _take_over_input(state)
     backbone.load_state_dict({**backbone.state_dict(), **{name: state[name] for name in wanted}})
     return caffe
 
@@ -65,14 +66,14 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _torchvision_name(name: str) -> str | None:
-    match = re.fullmatch(r"(conv1|bn1|layer[1-4]\.\d+)\.([\w.]+)", name)
+    match = re.fullmatch(r"(conv1|bn1|layer[1-4]\.\d{1,4})\.([\w.]+)", name)
     return _own(match[1], match[2]) if match else None
 
 
 def _caffe_name(name: str) -> str | None:
     if match := re.fullmatch(r"layer1\.conv1\.(conv|bn)\.(\w+)", name):
         return _own("conv1" if match[1] == "conv" else "bn1", match[2])
-    match = re.fullmatch(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)", name)
+    match = re.fullmatch(r"layer([2-5])\.block(\d{1,4})\.(\w+)\.(conv|bn)\.(\w+)", name)
     if match is None or match[3] not in (*_PARTS, "shortcut"):
         return None
     norm = match[4] == "bn"
@@ -89,8 +90,6 @@ def _own(place: str, rest: str) -> str:
 
 def _take_over_input(state: dict[str, Tensor]) -> None:
     """The first convolution of a blue, green, red image of 0 … 255 less a mean -> that of a normalised image."""
-    if "stem.0.weight" not in state or "stem.1.running_mean" not in state:
-        return
     weight = state["stem.0.weight"].double().flip(1)
     mean, std = (255 * torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     shift = (weight * (mean - torch.tensor(_CAFFE_MEAN, dtype=torch.float64).view(1, 3, 1, 1))).sum((1, 2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -15,18 +16,20 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError, first_line
+from cacl._checks import InputError, check_weights, first_line
 from cacl._processes import once, rank
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends without an error."""
-    temporary = path.with_name(path.name + ".tmp")
+    name = os.fsencode(path.name)  # one that is too long once it ends in .tmp has another
+    temporary = path.with_name(f"{path.name if len(name) <= 250 else hashlib.sha256(name).hexdigest()}.tmp")
     with naming(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # left by a kill; through a link another file would be written
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -79,7 +82,7 @@ def _lock(folder: Path) -> int | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
             except (BlockingIOError, PermissionError):
@@ -154,6 +157,8 @@ def check_inflated(path: Path) -> None:
 
 def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) -> None:
     """Load a state dict that fits in every name and shape, or refuse and leave the module as it was."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"{source}: expected weights, but got {type(state).__name__}")
     own = module.state_dict()
     state = {**{name: value for name, value in own.items() if name.endswith("_extra_state")}, **state}
     fitting = [k for k, v in own.items() if isinstance(state.get(k), Tensor) and state[k].shape == v.shape]
@@ -165,6 +170,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) ->
             f"{source}: does not fit: {len(fitting)} of {len(own)} parameters match; "
             f"{name!r}: expected {sizes[0]}, but got {sizes[1]}"
         )
+    check_weights(source, state)
     module.load_state_dict(state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,18 +29,18 @@ class Log:
     def write(self, record: Record) -> None:
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=_not_through_a_link) as file:
                 file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[Record]:
-        """All whole lines; a line that was cut off by a kill is left out."""
+        """All whole lines; one that was cut off by a kill, or is no record, is left out."""
         records = []
         for line in self._text().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and isinstance(record.get("step", 0), int):
                 records.append(record)
         return records
 
@@ -53,6 +54,10 @@ class Log:
 
     def _text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def watched(items: Iterable[T], *, total: int, desc: str, progress: bool, unit: str = "image", initial: int = 0) -> Any:
@@ -73,18 +78,27 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
     Yields:
         The stage's entry, which is up to date when the block has ended.
     """
-    cost: dict[str, float] = {"seconds": 0.0} if again else {"seconds": 0.0, **read_json(path).get(stage, {})}
+    known = None if again else read_json(path).get(stage)
+    numbers = {k: v for k, v in known.items() if isinstance(v, int | float)} if isinstance(known, dict) else {}
+    cost: dict[str, float] = {"seconds": 0.0, **numbers}
     start = time.monotonic()
     with suppress(OSError):  # Linux only; the high-water mark begins anew
         Path("/proc/self/clear_refs").write_text("5")
-    try:
-        yield cost
-    finally:
+
+    def add() -> None:
         cost["seconds"] = round(cost["seconds"] + time.monotonic() - start, 2)
         if (peak := _peak_mb()) is not None:
             cost["memory_mb"] = max(peak, cost.get("memory_mb", 0.0))
         if rank() == 0:
             write_json(path, {**read_json(path), stage: cost})
+
+    try:
+        yield cost
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is what counts: a full disk is full for this file too
+            add()
+        raise
+    add()
 
 
 def _peak_mb() -> float | None:

@@ -77,6 +77,18 @@ def describe(name: str, metrics: Record) -> str:
     return line + ")"
 
 
+def is_sound(metrics: object) -> bool:
+    """Whether something read from ``metrics.json`` is what :func:`score` made, as far as anybody looks at it."""
+    if not isinstance(metrics, dict):
+        return False
+    try:
+        describe("", metrics)
+        numbers = [metrics["images"], metrics.get("background_score", 0), *metrics.get("iou", {}).values()]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return all(isinstance(number, int | float) for number in numbers)
+
+
 def _segmenter(session: Session, dataset: Dataset) -> Record:
     settings = {"longest": session.config.predict.longest, "device": session.device, "workers": session.workers}
     matrix, images = evaluate_segmenter(session.segmenter(trained=True), dataset, crf=None, **settings)

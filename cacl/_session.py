@@ -23,7 +23,7 @@ from cacl._checks import InputError
 from cacl._files import load_state, load_weights, read_json, save_state, write_json, write_text
 from cacl._log import Callback, Log, Record, measured
 from cacl._processes import local_count, local_device, once, rank, together
-from cacl._scores import SCORED_ON, describe, score
+from cacl._scores import SCORED_ON, describe, is_sound, score
 from cacl.camnet import CAMNet
 from cacl.config import Config, Refined, Training
 from cacl.crf import check_backend
@@ -180,7 +180,7 @@ class Session:
         own = {"backbone": table.backbone, "weights": "" if of_cacl else table.weights} if table.backbone else {}
         make = partial(DeepLabV2, len(self.train.classes) + 1, freeze_batch_norm=table.freeze_batch_norm)
         path = self.out / "segment" / "model.pt"
-        net = self._made(make, load_state(path)["weights"] if trained else None, path, **own)
+        net = self._made(make, load_state(path).get("weights") or {} if trained else None, path, **own)
         if of_cacl and not trained:
             trunk = self.net("cacl" if self.finished("cacl") else None).backbone  # untrained, it shows whether it fits
             load_weights(net.backbone, trunk.state_dict(), "[segment] weights: the backbone of [camnet]")
@@ -192,7 +192,7 @@ class Session:
         if self.config.cacl.beta == 0:
             return None
         beside = self.config.data.root / "backgrounds.json"
-        file = words.file or (beside if beside.is_file() and self.config.data.format != "voc" else None)
+        file = words.file or (beside if beside.is_file() and self.config.data.format in ("csv", "scenes") else None)
         return BackgroundSet.from_json(file, words.n) if file else BackgroundSet.built_in(names, words.n or 5)
 
     @cached_property
@@ -274,6 +274,10 @@ class Session:
             self.segmenter()
 
     def _check_data(self) -> None:
+        data = self.config.data
+        for split, dataset in ((data.eval, self.eval), (self.config.segmented_split, self.segmented)):
+            if dataset is not None and dataset.classes != self.train.classes:
+                raise InputError(f"{data.root}: expected the split {split!r} to have the classes of {data.train!r}")
         if read_json(self.out / "data.json") != self.fingerprints:
             # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
             datasets = [data for data in (self.train, self.eval, self.segmented) if data is not None]
@@ -377,7 +381,7 @@ class Session:
     def metrics(self) -> dict[str, Any]:
         """``metrics.json``: what is known of each stage, in their order."""
         known = read_json(self.out / "metrics.json")
-        return {stage: known[stage] for stage in STAGES if isinstance(known.get(stage), dict)}
+        return {stage: known[stage] for stage in STAGES if is_sound(known.get(stage))}
 
     def keep_metrics(self, name: str, metrics: Record | None) -> None:
         known = self.metrics

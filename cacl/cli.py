@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 from types import FrameType
 
 import cacl
-from cacl._checks import InputError, NotFiniteError
+from cacl._checks import InputError, NotFiniteError, shown
 from cacl._processes import ElsewhereError, is_first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may have letters that it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, ImportError, OSError) as error:  # OSError: a full disk, a process that died
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: {error.strerror}"
+            message = f"{shown(error.filename)}: {error.strerror}"
         print(f"cacl: {message}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
@@ -102,7 +106,8 @@ def _predict(options: argparse.Namespace) -> int:
     )
     for problem in made.problems:
         print(f"cacl: {problem}", file=sys.stderr)
-    print("mask values: 0 background, " + ", ".join(f"{k} {name}" for k, name in enumerate(made.classes, start=1)))
+    names = ", ".join(f"{k} {shown(name)}" for k, name in enumerate(made.classes, start=1))
+    print(f"mask values: 0 background, {names}")
     count = len(made.masks)
     print(f"{count} mask{'' if count == 1 else 's'} in {options.out}, {len(made.problems)} left out")
     return 2 if made.problems else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import importlib
 import sys
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError, did_you_mean, first_line
+from cacl._checks import InputError, check_weights, did_you_mean, first_line
+from cacl._files import check_inflated
 from cacl._small import TwoTowers, load_towers
+from cacl._torchscript import is_torchscript, read_torchscript
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -148,7 +149,7 @@ class OpenCLIPEncoder(_Frozen):
             raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
         try:
             network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
-        except RuntimeError as error:
+        except Exception as error:  # of many kinds, if PRETRAINED is no file of such weights
             raise InputError(f"open_clip:{name}: {first_line(error)}") from None
         return cls(network, open_clip.get_tokenizer(model))
 
@@ -221,34 +222,17 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint, read without unpickling code."""
+    """The state dict in a checkpoint, read without running code."""
     try:
-        if _is_torchscript(path):
-            _refuse_code(path)
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        check_inflated(path)
+        torchscript = is_torchscript(path)
+        state = read_torchscript(path) if torchscript else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each means that the file is something else
         raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {first_line(error)}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
+    check_weights(path, state)
     return state
-
-
-def _refuse_code(path: Path) -> None:
-    """``torch.jit.load`` runs every ``__setstate__`` of an archive, and TorchScript can write files."""
-    reader = torch._C.PyTorchFileReader(str(path))
-    for record in reader.get_all_records():
-        if record.startswith("code/") and b"__setstate__" in reader.get_record(record):
-            raise ValueError(f"{record} has code that would run while it is loaded")
-
-
-def _is_torchscript(path: Path) -> bool:
-    """TorchScript archives are read by torch's own restricted reader, which knows tensors and TorchScript only."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
 
 
 def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
@@ -257,10 +241,16 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     missing = [key for key in needed if key not in state]
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
-    vocabulary, tokens = next(iter(state["token_embedding.weight"].shape), 0), 49408
-    if vocabulary < tokens:
+    context, vocabulary = (
+        next(iter(state[key].shape), 0) for key in ("positional_embedding", "token_embedding.weight")
+    )
+    if vocabulary < (tokens := 49408):
         raise InputError(f"{name}: CLIP's tokenizer has {tokens} tokens, but the checkpoint knows {vocabulary}.")
+    if context > (longest := 4096):
+        raise InputError(f"{name}: expected texts of at most {longest} tokens, but the checkpoint is for {context}.")
     try:
+        with torch.device("meta"):  # takes no memory, whatever sizes the parameters ask for
+            clip.model.build_model({key: value.to("meta") for key, value in state.items()})
         network: nn.Module = clip.model.build_model(dict(state))
     except Exception as error:  # whatever a state dict of other sizes makes it raise
         reason = " ".join(str(error).split())[:300]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +13,24 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from cacl._checks import InputError
+from cacl._checks import InputError, first_line, shown
+
+# Pillow refuses images that are twice as large as those that it warns of, which some cameras make.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning, append=True)
 
 
 def read_image(path: Path) -> tv_tensors.Image:
-    """Decode an image of any mode and orientation to ``(3, H, W)`` uint8 RGB.
+    """Decode an image of any mode and orientation to ``(3, H, W)`` uint8 RGB; the first of several in one file.
 
     Raises:
-        ValueError: if the file is missing or does not decode.
+        ValueError: if the file is missing, too large, or does not decode.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 bits: Pillow would clip instead of scale
-                values = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow raises many kinds; each means that the file is broken
-        raise InputError(f"{path}: not an image that decodes ({error})") from None
+    with open_image(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 bits: Pillow would clip instead of scale
+            values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
@@ -38,14 +40,26 @@ def read_mask(path: Path) -> tv_tensors.Mask:
     Raises:
         ValueError: if the file is missing, does not decode, or is a colour image.
     """
+    with open_image(path, "a mask") as file:
+        if file.mode not in ("P", "L", "1"):
+            raise InputError(f"{shown(path)}: expected a palette or grey mask, but got mode {file.mode}")
+        return tv_tensors.Mask(torch.from_numpy(np.array(file, dtype=np.uint8)))
+
+
+@contextmanager
+def open_image(path: Path, what: str = "an image") -> Iterator[Image.Image]:
+    """A file that Pillow opens; whatever is wrong with it until the block ends is one line."""
+    name = shown(path)
     try:
-        with Image.open(path) as file:
-            if file.mode not in ("P", "L", "1"):
-                raise InputError(f"{path}: expected a palette or grey mask, but got mode {file.mode}")
-            return tv_tensors.Mask(torch.from_numpy(np.array(file, dtype=np.uint8)))
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise InputError(f"{name}: no such file")
+        Image.init()
+        # For EPS Pillow starts Ghostscript, which runs what is in the file.
+        with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as file:
+            yield file
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{path}: not a mask that decodes ({error})") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too large ({first_line(error)}); scale it down") from None
+    except Exception as error:  # Pillow raises many kinds; each means that the file is broken
+        raise InputError(f"{name}: not {what} that decodes ({first_line(error)})") from None

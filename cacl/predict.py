@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from cacl._checks import InputError
+from cacl._checks import InputError, shown
 from cacl._device import find_device
 from cacl._files import read_json, replacing
 from cacl.config import Config, Predict
@@ -63,7 +63,7 @@ def predict(
         crf: draw the masks to the edges of the photo, with the settings of ``[predict]`` of a run, or its defaults.
         longest: in pixels; larger photos are scaled down to it for network and CRF; None for that of ``[predict]``.
         device: a torch device; ``"auto"`` takes a GPU if there is one.
-        workers: number of processes; one a core if None.
+        workers: number of processes, at most one a core; one a core if None.
         backend: of the CRF.
         backbone: where the segmenter was trained with a backbone that has no name: one such; changed in place.
         progress: show a progress bar where there is a terminal.
@@ -80,14 +80,15 @@ def predict(
     found, problems = _find(photos, out)
     names = _names(found)
     targets = [out / f"{name}.png" for name in names]
-    known = {photo.resolve(): photo for photo, _ in found}
+    known = {_real(photo): photo for photo, _ in found}
     pictures = [out / "overlays" / f"{name}.jpg" for name in names] if overlays else None
     for target in [*targets, *(pictures or ())]:
-        if target.resolve() in known:
-            raise InputError(f"{known[target.resolve()]}: expected another folder `out`: this photo would be replaced")
+        if (photo := known.get(_real(target))) is not None:
+            raise InputError(f"{shown(photo)}: expected another folder `out`: this photo would be replaced")
     backend = check_backend(backend)
     settings = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
     settings |= {"backend": backend, "device": place if backend == "torch" else "cpu"}
+    cores = os.cpu_count() or 1
     results = segment_photos(
         segmenter.net.to(place),
         [photo for photo, _ in found],
@@ -95,7 +96,7 @@ def predict(
         longest=table.longest if longest is None else longest,
         crf=settings if crf and table.iterations else None,
         device=place,
-        workers=(os.cpu_count() or 1) if workers is None else workers,
+        workers=cores if workers is None else min(workers, cores),
         progress=progress,
     )
     made = []
@@ -129,23 +130,28 @@ def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tupl
     found: dict[Path, tuple[Path, Path]] = {}
     problems = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
             # What an earlier call made in this very folder is no photo.
             every = [p for p in sorted(inside) if p.suffix.lower() in ENDINGS]
-            photos = [p for p in every if not p.resolve().is_relative_to(out.resolve())]
+            photos = [p for p in every if not _real(p).is_relative_to(_real(out))]
             if not photos:
                 reason = f"besides those in `out`, {out}" if every else f"(files that end in {', '.join(ENDINGS)})"
-                problems.append(f"{path}: no photos here {reason}")
+                problems.append(f"{shown(path)}: no photos here {reason}")
             for photo in photos:
-                found.setdefault(photo.resolve(), (photo, photo.relative_to(path)))
-        elif path.exists():
-            found.setdefault(path.resolve(), (path, Path(path.name)))
+                found.setdefault(_real(photo), (photo, photo.relative_to(path)))
+        elif os.path.exists(path):
+            found.setdefault(_real(path), (path, Path(path.name)))
         else:
-            problems.append(f"{path}: no such file or folder")
+            problems.append(f"{shown(path)}: no such file or folder")
     if not found:
         raise InputError("\n".join(problems) or "Expected photos, but none was named.")
     return list(found.values()), problems
+
+
+def _real(path: Path) -> Path:
+    """A path without links; a loop of them, at which ``Path.resolve`` raises an error, stays."""
+    return Path(os.path.realpath(path))
 
 
 def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
@@ -154,7 +160,7 @@ def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
     times = Counter(names)
     names = [short if times[short] == 1 else name for short, (_, name) in zip(names, found, strict=True)]
     if again := [name for name, count in Counter(names).items() if count > 1]:
-        both = [str(photo) for (photo, _), name in zip(found, names, strict=True) if name == again[0]]
+        both = [shown(photo) for (photo, _), name in zip(found, names, strict=True) if name == again[0]]
         raise InputError(f"{' and '.join(both)}: expected photos of different names; name a folder that holds both")
     return names
 

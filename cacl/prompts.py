@@ -133,8 +133,8 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
     def from_json(cls, path: str | PathLike[str], n: int | None = None) -> BackgroundSet:
         """Read a JSON object ``{"class": ["word", ...], ...}``, the first ``n`` words a class (all by default)."""
         try:
-            words = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-        except (OSError, ValueError) as error:
+            words = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: expected a JSON object of background words, but {error}") from None
         if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
             raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
@@ -243,9 +243,11 @@ def _key(name: str) -> str:
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError(f"{next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)!r} stands twice.")
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} stands twice.")
+        result[name] = value
     return result
 
 

@@ -117,16 +117,18 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
         ValueError: if the file is missing, is something else, or needs a backbone.
     """
     state = load_state(path)
-    if not {"classes", "backbone", "weights"} <= set(state):
+    classes, name, weights = (state.get(key) for key in ("classes", "backbone", "weights"))
+    named = isinstance(classes, list) and all(isinstance(word, str) for word in (*classes, name))
+    if not named or not isinstance(weights, dict) or len(state["classes"]) >= IGNORE:
         raise InputError(f"{path}: expected the model of a stage `segment`, but got a checkpoint of something else")
-    classes = tuple(map(str, state["classes"]))
-    if backbone is None and not state["backbone"]:
+    classes = tuple(state["classes"])
+    if backbone is None and not name:
         raise InputError(
             f"{path}: this segmenter's backbone is a module that was passed in; pass one such to `load_segmenter`"
         )
     with torch.random.fork_rng(devices=[]):
-        net = DeepLabV2(len(classes) + 1, backbone=backbone or state["backbone"], weights=None)
-    load_weights(net, state["weights"], path)
+        net = DeepLabV2(len(classes) + 1, backbone=backbone or str(name), weights=None)
+    load_weights(net, weights, path)
     return Segmenter(net.eval(), classes)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from cacl._checks import InputError, NotFiniteError, check_choice, expected
+from cacl._checks import InputError, NotFiniteError, check_choice, expected, first_line
 from cacl._files import load_state, load_weights, save_state
 from cacl._log import Callback, Log, Record, watched
 from cacl._pool import leave_signals, naming_dead_loaders
@@ -357,15 +357,21 @@ def _restore(
     state = load_state(path)
     if state.get("key") != key:
         return 0
-    for name, module in modules.items():
-        load_weights(module, state["modules"][name], path)
-    fused = [group.get("fused") for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"] = own  # the device may be another than before
-    scaler.load_state_dict(state["scaler"])
-    logger.info("going on from step %d of %s", state["step"], path)
-    return int(state["step"])
+    try:
+        for name, module in modules.items():
+            load_weights(module, state["modules"][name], path)
+        fused = [group.get("fused") for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # the device may be another than before
+        scaler.load_state_dict(state["scaler"])
+        step = int(state["step"])
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        raise InputError(f"{path}: not a checkpoint of this stage: {first_line(error)}") from None
+    logger.info("going on from step %d of %s", step, path)
+    return step
 
 
 def _mix(*parts: object) -> int:

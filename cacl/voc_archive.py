@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -16,9 +17,10 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from cacl._checks import InputError, check_choice, expected
+from cacl._checks import InputError, check_choice, expected, shown
 from cacl._files import replacing
 from cacl._listing import VOC_CLASSES
+from cacl.images import open_image
 from cacl.metrics import IGNORE
 from cacl.pictures import palette
 
@@ -72,7 +74,10 @@ def export_voc(
             digests.append(digest)
     known = {f"{id}.png" for id in ids}
     others = sorted(path for path in masks.iterdir() if path.suffix.lower() == ".png" and path.name not in known)
-    problems += [f"{path}: expected only masks of the split {split}, but {path.stem} is not in it" for path in others]
+    problems += [
+        f"{shown(path)}: expected only masks of the split {split}, but {shown(path.stem)} is not in it"
+        for path in others
+    ]
     if problems:
         more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise InputError("\n".join(problems[:_SHOWN] + more))
@@ -117,21 +122,19 @@ def _check(path: Path, photo: Path) -> tuple[list[str], bytes]:
     problems = []
     size = None
     try:
-        with Image.open(photo) as file:  # the header only
+        with open_image(photo) as file:  # the header only
             sideways = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             size = file.size[::-1] if sideways else file.size
-    except FileNotFoundError:
-        problems.append(f"{photo}: no such file")
-    except Exception as error:  # Pillow raises many kinds; each means that the file is broken
-        problems.append(f"{photo}: not an image that decodes ({error})")
+    except InputError as error:
+        problems.append(str(error))
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return [*problems, f"{path}: no such file"], b""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
             mode, depth = file.mode, data[24]  # Pillow's mode is P for 1, 2 and 4 bits too
             colours = file.getpalette()
             pixels = np.array(file)
-    except FileNotFoundError:
-        return [*problems, f"{path}: no such file"], b""
     except Exception:
         return [*problems, f"{path}: not a PNG that decodes"], b""
     height, width = pixels.shape[:2]

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from bad_files import png
 from conftest import TinyEncoder
 from drawn import picture, write_csv, write_voc
 from PIL import Image
@@ -268,9 +269,10 @@ def mistakes(place: Path):
     def broken_data():
         folder = write_csv(place / "broken")
         rows = ["image,labels,mask,split", "images/0.png,baot,,train", "images/gone.png,boat,,train"]
-        rows += [f"images/{i}.png,boat,masks/{i}.png,train" for i in (1, 2, 3, 4)]
+        rows += [f"images/{i}.png,boat,masks/{i}.png,train" for i in (1, 2, 3, 4, 5)]
         (folder / "dataset.csv").write_text("\n".join(rows))
         (folder / "images/1.png").write_bytes(b"")
+        (folder / "images/5.png").write_bytes(png(60000, 60000))
         Image.new("RGB", (64, 48)).save(folder / "masks/2.png")
         Image.new("L", (64, 48), 200).save(folder / "masks/3.png")
         Image.new("L", (32, 24)).save(folder / "masks/4.png")
@@ -361,6 +363,7 @@ def mistakes(place: Path):
     criterion = CACLLoss(TinyEncoder(), ["boat", "bird", "train"])
     images, cams = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 8, 8)
     (place / "tulips.pt").write_text("no checkpoint")
+    torch.save({"weight": torch.tensor(float("nan"))}, place / "diverged.pt")
     return [
         broken_data, wrong_header, without_masks, void_for_the_server, other_model, own_backbone, misfit,
         weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
@@ -381,6 +384,7 @@ def mistakes(place: Path):
                                     ignore=shutil.ignore_patterns("SegmentationClassAug")), "train_aug"),
         lambda: generate(place / "photos"),
         lambda: load_encoder(place / "tulips.pt"),
+        lambda: load_encoder(place / "diverged.pt"),
         lambda: BackgroundSet.built_in(["tulip"]),
         lambda: BackgroundSet({"boat": ["Train"], "train": ["rails"]}),
         lambda: load_encoder("scenes").encode_text(["a photo of tulip."]),

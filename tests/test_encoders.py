@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cacl import ImageTextEncoder, load_encoder
+from cacl._torchscript import read_torchscript
 
 TEXTS = ["a photo of cat.", "a picture of dining table."]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -83,6 +84,28 @@ def test_torchscript_archive(clip_model, loaded, tmp_path, randn):
     assert type(encoder) is type(loaded)
     images = randn(1, 3, 32, 32)
     assert torch.equal(encoder.encode_image(images), loaded.encode_image(images))
+
+
+def test_a_torchscript_archive_has_the_state_that_torch_reads(clip_model, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.tied = nn.Linear(2, 3, dtype=torch.float16)
+            self.tied.bias = nn.Parameter(self.tied.weight[:, 0])
+            self.other = torch.ones(2)  # neither a parameter nor a buffer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) + self.other.sum()
+
+    torch.jit.script(Net()).save(str(tmp_path / "net.pt"))
+    torch.jit.trace_module(clip_model, {"encode_image": torch.zeros(1, 3, 32, 32)}).save(str(tmp_path / "clip.pt"))
+    for name in ("net.pt", "clip.pt"):
+        state, wanted = read_torchscript(tmp_path / name), torch.jit.load(tmp_path / name).state_dict()
+        assert set(state) == set(wanted)
+        for key, value in wanted.items():
+            assert torch.equal(state[key], value), key
+            assert state[key].dtype == value.dtype
 
 
 def test_a_text_that_is_too_long(loaded):
