@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from cacl._checks import InputError, check_weights, first_line
 from cacl._processes import once, rank
+
+logger = logging.getLogger("cacl")
 
 
 @contextmanager
@@ -64,13 +68,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None and rank() == 0:
-            (folder / _LOCK).unlink(missing_ok=True)
+            _held.discard(folder.resolve())
+            with suppress(OSError):
+                (folder / _LOCK).unlink()
             os.close(file)
             with suppress(OSError):  # of a run that was refused, nothing stays
                 folder.rmdir()
 
 
 _LOCK = ".lock"
+_held: set[Path] = set()
+"""By this process, in which the system would give the lock again."""
 
 
 def _lock(folder: Path) -> int | None:
@@ -78,25 +86,36 @@ def _lock(folder: Path) -> int | None:
         import fcntl
     except ImportError:  # not on Windows
         return None
+    owner = f"process {os.getpid()} on {platform.node()}"
+    if folder.resolve() in _held:
+        raise InputError(f"{folder}: another run is using this folder ({owner})")
     path = folder / _LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
-            except (BlockingIOError, PermissionError):
-                owner = os.read(file, 100).decode(errors="replace").strip()
-                os.close(file)
-                raise InputError(f"{folder}: another run is using this folder ({owner})") from None
-            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
-                break
-            os.close(file)  # its owner ended just now and removed it
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # its owner ended just now and removed it, or the folder
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
+                    if path.stat().st_ino == os.fstat(file).st_ino:
+                        os.truncate(file, 0)
+                        os.write(file, f"{owner}\n".encode())
+                        _held.add(folder.resolve())
+                        return file
+                except (BlockingIOError, PermissionError):
+                    other = os.read(file, 100).decode(errors="replace").strip()
+                    raise InputError(f"{folder}: another run is using this folder ({other})") from None
+                except OSError as error:
+                    if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                        raise
+                    logger.warning("%s: no lock against a second run: the file system has none", folder)
+                    path.unlink(missing_ok=True)
+                    return None
+                finally:
+                    if folder.resolve() not in _held:
+                        os.close(file)
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, but {error.strerror or error}") from None
-    return file
 
 
 def write_text(path: Path, text: str) -> None:

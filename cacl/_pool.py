@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -11,16 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
-from multiprocessing import current_process, parent_process
+from multiprocessing import active_children, current_process, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
+from torch.utils.data import DataLoader
 
 from cacl._checks import InputError, check_integer
+from cacl._signals import Interrupts
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +82,31 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a ``DataLoader`` gives; its processes end with this one, whatever happens.
+
+    Raises:
+        ChildProcessError: if one of them dies.
+    """
+    before = set(active_children())
+    with Interrupts():  # a process that is half started would be waited for at the end
+        batches = iter(loader)
+    _loaders.update(process for process in active_children() if process not in before)
+    with naming_dead_loaders():
+        yield from batches
+
+
+_loaders: WeakSet[Any] = WeakSet()
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """Before Python asks the processes to end, which they ignore, and waits for them."""
+    for process in list(_loaders):
+        with suppress(ValueError):  # it was closed
+            process.kill()
 
 
 @contextmanager

@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from cacl._checks import InputError, first_line
 from cacl._device import find_device
@@ -23,6 +24,12 @@ from cacl._device import find_device
 T = TypeVar("T")
 
 _alone = False
+"""Whether rank 0 does something for all, in which it is the only one: :func:`once`."""
+_joined = 0
+"""How often this process has taken part in a group: torchrun's store keeps what was said before."""
+_patient: Any = None
+"""For those who wait while others work."""
+_PATIENCE = 48
 
 
 class ElsewhereError(InputError):
@@ -45,6 +52,8 @@ def rank() -> int:
 
 def local_device(name: str, setting: str) -> torch.device:
     """:func:`cacl._device.find_device`, where each process of a machine takes a GPU of its own."""
+    if _launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
+        raise InputError(f'{setting}: expected "auto" or "cuda", a GPU for each process, but got {name!r}')
     if name in ("auto", "cuda") and torch.cuda.is_available() and _launched():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return find_device(name, setting)
@@ -61,23 +70,31 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
 
     Args:
         device: of this process.
-        timeout: seconds after which a process that does not answer is given up.
+        timeout: seconds after which a process that does not answer in a training step is given up; where some wait for
+            the work of others, 48 times that. One that dies is noticed at once.
 
     Raises:
         LostProcessError: if another process dies or does not answer in time.
     """
+    global _joined, _patient
     begun = _launched() and not _grouped()
     if begun:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Both: what is on the CPU is told without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        _joined += 1
         with _reported():
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            store, number, size = next(rendezvous("env://", timeout=limit))
+            own = dist.PrefixStore(f"cacl-{_joined}", store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=own, rank=number, world_size=size, timeout=limit)
+            _patient = dist.new_group(backend="gloo", timeout=_PATIENCE * limit)
     with _reported():
         yield
         gathered(None)  # nobody leaves while another still listens
     if begun:
+        _patient = None
         dist.destroy_process_group()
 
 
@@ -108,7 +125,7 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list[T | None] = [None] * count()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values  # type: ignore[return-value]
 
 
@@ -137,15 +154,28 @@ def together() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    own: InputError | OSError | None = None
+    own: Exception | None = None
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ImportError) as error:
         own = error
     messages = gathered(None if own is None else str(own))
     for number, message in enumerate(messages):
         if message is not None:
             raise own if own is not None and number == rank() else ElsewhereError(message)
+
+
+def by_turns(function: Callable[[], T]) -> T:
+    """What ``function`` gives, first on one process of each machine: what it downloads, the others find there."""
+    if count() == 1:
+        return function()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    results: list[T] = []
+    for turn in (True, False):
+        with together():
+            if first == turn:
+                results.append(function())
+    return results[0]
 
 
 def gathered_rows(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from cacl import scenes
 from cacl._checks import InputError
 from cacl._files import load_state, load_weights, read_json, save_state, write_json, write_text
 from cacl._log import Callback, Log, Record, measured
-from cacl._processes import local_count, local_device, once, rank, together
+from cacl._processes import by_turns, count, local_count, local_device, once, rank, together
 from cacl._scores import SCORED_ON, describe, is_sound, score
 from cacl.camnet import CAMNet
 from cacl.config import Config, Refined, Training
@@ -68,7 +68,8 @@ class Session:
 
     @property
     def workers(self) -> int:
-        return min(self.config.run.workers, max(1, (os.cpu_count() or 1) // local_count()))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(self.config.run.workers, max(1, cores // local_count()))
 
     @property
     def inference(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Session:
     def encoder(self) -> ImageTextEncoder:
         encoder = self.given_encoder
         if encoder is None:
-            encoder = load_encoder(self.config.encoder.name)
+            encoder = by_turns(lambda: load_encoder(self.config.encoder.name))
         if isinstance(encoder, nn.Module):
             encoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return encoder
@@ -248,8 +249,13 @@ class Session:
     def prepare(self, stages: Sequence[str]) -> None:
         """Check settings and data before the first step, and write down the configuration."""
         with together():
+            _ = self.train, self.eval, self.segmented
+        _ = self.fingerprints
+        # Of rank 0: a file may have another time on another machine.
+        named = STAGES[: 1 + max((STAGES.index(name) for name in stages), default=-1)]
+        self.keys |= once(lambda: {name: self.key(name) for name in named})
+        with together():
             self._check_settings(stages)
-        _ = self.fingerprints  # by all of them
         once(self._check_data)
 
     def _check_settings(self, stages: Sequence[str]) -> None:
@@ -257,8 +263,12 @@ class Session:
             if name in stages and before not in stages and not self.finished(before):
                 raise InputError(f"{self.out}: the stage {before!r} has not finished with these settings; run it first")
         # What is wrong with a setting shows now: not after the warm-up, and not when files have been replaced.
-        for table in (self.config.warmup, self.config.cacl, self.config.irn, self.config.segment):
+        for name in ("warmup", "cacl", "irn", "segment"):
+            table = getattr(self.config, name)
             self.loop(table)
+            if name in stages and table.batch_size < count():
+                wanted = f"at least 1 image for each of the {count()} processes"
+                raise InputError(f"[{name}] batch_size: expected {wanted}, but got {table.batch_size}")
         if "warmup" in stages and not self.finished("warmup"):
             self.net()
         if "cacl" in stages and not self.finished("cacl"):
@@ -371,7 +381,7 @@ class Session:
         split = self.config.segmented_split if role == "segmented" else getattr(self.config.data, role)
         settings = self.config.predict.longest if role == "segmented" else self.config.cams
         key = _hash(self.key(name), settings, split, self.fingerprints[role])
-        if once(lambda: self.metrics.get(name, {}).get("key")) == key:
+        if once(lambda: self.metrics.get(name, {}).get("key") == key):
             return
         metrics = {**score(self, name, dataset), "split": split, "key": key}
         once(lambda: self.keep_metrics(name, metrics))

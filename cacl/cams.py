@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from cacl._checks import InputError, expected, first_line
 from cacl._files import check_inflated, replacing
 from cacl._log import watched
-from cacl._pool import leave_signals, naming_dead_loaders
-from cacl._processes import share, together, total_counts
+from cacl._pool import leave_signals, loaded
+from cacl._processes import once, share, together, total_counts
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset
@@ -158,8 +158,11 @@ def make_cams(
 
 def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:
     """The indices of this process's share of the images, but for those that have a file in ``out`` which is kept."""
-    mine = share(range(len(dataset)))
-    return [i for i in mine if not (keep and (out / f"{dataset.entries[i].id}{ending}").is_file())]
+
+    def missing() -> list[int]:
+        return [i for i, entry in enumerate(dataset.entries) if not (out / f"{entry.id}{ending}").is_file()]
+
+    return list(share(once(missing) if keep else range(len(dataset))))
 
 
 def save_cams(path: Path, cams: ImageCAMs) -> None:
@@ -283,11 +286,10 @@ def load_images(
         worker_init_fn=leave_signals,
         generator=torch.Generator(),
     )
-    with naming_dead_loaders():
-        for index, image in loader:
-            if isinstance(image, InputError):
-                raise image
-            yield index, image
+    for index, image in loaded(loader):
+        if isinstance(image, InputError):
+            raise image
+        yield index, image
 
 
 class _Images(torch.utils.data.Dataset[Any]):

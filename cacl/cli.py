@@ -12,10 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import cacl
 from cacl._checks import InputError, NotFiniteError, shown
 from cacl._processes import ElsewhereError, is_first
+
+if TYPE_CHECKING:
+    from cacl.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         if is_first():
-            resumes = options.command in (_run, _ablate)
+            resumes = options.command in (_run, _ablate) and not getattr(options, "restart", False)
             print(f"cacl: stopped{'; the same command goes on from the last checkpoint' * resumes}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     except NotFiniteError as error:
@@ -71,14 +75,23 @@ def _terminating() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """What all processes read, and one complains about."""
+    from cacl.config import Config
+
+    try:
+        return Config.load(options.config, options.set)
+    except InputError as error:
+        raise error if is_first() else ElsewhereError(str(error)) from None
 
 
 def _run(options: argparse.Namespace) -> int:
     from cacl import pipeline
-    from cacl.config import Config
 
-    config = Config.load(options.config, options.set)
+    config = _config(options)
     stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
     if options.dry_run:
         print(config.to_toml())
@@ -139,13 +152,13 @@ def _export_voc(options: argparse.Namespace) -> int:
 
 def _ablate(options: argparse.Namespace) -> int:
     from cacl import ablate
-    from cacl.config import Config
 
-    config = Config.load(options.config, options.set)
+    config = _config(options)
     out = config.run.out
     config = config.changed({"run": {"out": out.with_name(f"{out.name}-ablation")}})
     tables = [name.strip() for name in options.tables.split(",")]
-    for path in ablate.run(config, tables=tables, seeds=options.seeds):
+    paths = ablate.run(config, tables=tables, seeds=options.seeds)
+    for path in paths if is_first() else ():
         print(path.read_text(encoding="utf-8"))
         print(f"table: {path}, {path.with_suffix('.csv')}")
     return 0

@@ -231,7 +231,8 @@ class BGSuppressionLoss(nn.Module):
         similarity = similarity.masked_fill(~real, float("nan"))
         if across:
             similarity = gathered_rows(similarity)
-            classes = None if classes is None else gathered_rows(classes)
+            if classes is not None and self.num_classes is not None:
+                classes = gathered_rows(classes)
         if similarity.numel() == 0:
             return
         seen = similarity[None]  # (1, N, Q)

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cacl import _scenery as scenery
 from cacl._checks import InputError, check_integer, check_positive
 from cacl._files import read_json, write_json, write_text
+from cacl._log import watched
+from cacl._pool import leave_signals, loaded
 
 CLASSES: tuple[str, ...] = tuple(scenery.OBJECTS)
 """The object classes."""
@@ -109,8 +110,11 @@ def generate(
     write_text(out / "classes.txt", "\n".join(CLASSES) + "\n")
     write_json(out / "backgrounds.json", BACKGROUNDS)
     scenes = _Scenes(out, train, val, size, seed)
-    loader = DataLoader(scenes, batch_size=None, num_workers=workers, generator=torch.Generator())
-    rows = [",".join(row) for row in tqdm(loader, desc="scenes", unit="image", disable=None)]
+    loader: DataLoader[Any] = DataLoader(
+        scenes, batch_size=None, num_workers=workers, worker_init_fn=leave_signals, generator=torch.Generator()
+    )
+    drawn = watched(loaded(loader), total=len(scenes), desc="scenes", progress=True)
+    rows = [",".join(row) for row in drawn]
     write_text(out / "dataset.csv", "\n".join(("image,labels,mask,split", *rows)) + "\n")
     write_json(marker, {**settings, "complete": True})
     return out

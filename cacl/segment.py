@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as views
 from cacl._checks import InputError, check_integer
 from cacl._files import load_state, load_weights, save_state
 from cacl._log import watched
-from cacl._pool import can_be_sent, leave_signals, map_processes
+from cacl._pool import can_be_sent, leave_signals, loaded, map_processes
 from cacl._processes import share, together, total_counts
 from cacl.camnet import evaluating
 from cacl.cams import sgd, to_make
@@ -183,7 +183,7 @@ def segment_photos(
             generator=torch.Generator(),
         )
         on_gpu = torch.device((crf or {}).get("device", "cpu")).type != "cpu"
-        logits = (_infer(net, photo, device) for photo in loader)
+        logits = (_infer(net, photo, device) for photo in loaded(loader))
         results = map_processes(finishing, logits, workers=0 if on_gpu else workers)
     return iter(watched(results, total=len(photos), desc=desc, progress=progress))
 

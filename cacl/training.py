@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from cacl._checks import InputError, NotFiniteError, check_choice, expected, first_line
 from cacl._files import load_state, load_weights, save_state
 from cacl._log import Callback, Log, Record, watched
-from cacl._pool import leave_signals, naming_dead_loaders
-from cacl._processes import count, gathered, once, rank, total
+from cacl._pool import leave_signals, loaded
+from cacl._processes import count, gathered, once, rank, together, total
 from cacl._signals import Interrupts
 from cacl.datasets import Dataset
 from cacl.transforms import RandomView
@@ -81,8 +81,6 @@ class Loop:
             raise expected("epochs", "a number of at least 0", self.epochs)
         if self.batch_size < 1:
             raise expected("batch_size", "at least 1", self.batch_size)
-        if self.batch_size < count():
-            raise expected("batch_size", f"at least 1 image for each of the {count()} processes", self.batch_size)
 
     def steps(self, images: int) -> int:
         return math.ceil(self.epochs * images / self.batch_size)
@@ -127,21 +125,24 @@ def train(
 
     Raises:
         NotFiniteError: if a loss is not finite; the last good checkpoint stays.
-        ValueError: if an image does not decode, or a checkpoint does not fit; names the file.
+        ValueError: if an image does not decode, a checkpoint does not fit, or there are more processes than images in
+            a batch; names the file.
         ChildProcessError: if a process that loads images dies.
     """
+    if loop.batch_size < count():
+        raise expected("batch_size", f"at least 1 image for each of the {count()} processes", loop.batch_size)
     device = torch.device(loop.device)
     steps = loop.steps(len(dataset))
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    start = _restore(checkpoint, key, modules, optimizer, scaler)
+    with together():
+        start = _restore(checkpoint, key, modules, optimizer, scaler)
     if len(set(gathered(start))) > 1:
         raise InputError(
             f"{checkpoint}: expected a file system that all processes see, but they found other steps in it"
         )
-    if log is not None:
-        once(lambda: log.rewind(name, start))
+    once(lambda: log.rewind(name, start) if log is not None else None)
     run = step if count() == 1 else _distributed(step, modules, device)
 
     def save(done: int) -> None:
@@ -164,7 +165,7 @@ def train(
     saved = clock = time.monotonic()
     dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
+    with bar, generators, Interrupts() as interrupts:
         for number, batch in enumerate(bar, start=start):
             torch.manual_seed(_mix(loop.seed, "step", number, *([rank()] if rank() else [])))
             factor = _SCHEDULES[loop.schedule](number / steps)
@@ -186,28 +187,39 @@ def train(
             }
             clock = now
             pending.add(record, _ids(dataset, loop, number), terms, interrupts.came)
-            stopping = pending.stop is not None and number + 1 >= pending.stop
+            stopping = pending.due(pending.stop, number + 1) or (count() == 1 and interrupts.came)
             if stopping or now - saved > loop.checkpoint_seconds:
                 pending.flush()
-                save(number + 1)
+                if pending.failed is None:
+                    save(number + 1)
                 saved = time.monotonic()
+            if pending.due(pending.failed, number + 1):
+                raise pending.failure
             if stopping:
+                pending.stop = None
                 interrupts.take_effect()
         pending.flush()
+        if pending.failed is not None:
+            raise pending.failure
         if start < steps:
             save(steps)
+        if any(gathered(interrupts.came)):  # in the last steps
+            interrupts.take_effect()
 
 
 class _Pending:
     """Values on their way from the device: looked at when they have come, so that no step waits for them.
 
     They are the mean over all processes. With them travels whether one of these was asked to stop: ``stop`` is the
-    number of steps after which all do.
+    number of steps after which all do, ``failed`` that after which all raise ``failure``. Where values come late, the
+    processes see these at different steps, but all of them before that one.
     """
 
     def __init__(self, name: str, emit: Callback, patience: int = 8) -> None:
         self.name, self.emit, self.patience = name, emit, patience
         self.stop: int | None = None
+        self.failed: int | None = None
+        self.failure = NotFiniteError()
         self.queue: deque[
             tuple[Record, Callable[[], list[str]], list[tuple[str, int]], Tensor, torch.cuda.Event | None]
         ] = deque()
@@ -217,9 +229,10 @@ class _Pending:
         flat = total(torch.cat([asked, *(value.detach().float().reshape(-1) for value in terms.values())]))
         event = None
         if flat.is_cuda:
+            stream = torch.cuda.current_stream(flat.device)
             flat = flat.to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(stream)
         # One number stays a number, several become a list.
         sizes = [(key, value.numel() if value.ndim else 0) for key, value in terms.items()]
         self.queue.append((record, ids, sizes, flat, event))
@@ -239,17 +252,22 @@ class _Pending:
         if event is not None:
             event.synchronize()
         values = iter((flat / count()).tolist())
+        seen_by_all = record["step"] + (0 if event is None or count() == 1 else self.patience + 1)
         if next(values) > 0 and self.stop is None:
-            # Where values come late, the processes see this at different steps, but all of them before that one.
-            self.stop = record["step"] + (0 if event is None else self.patience + 1)
+            self.stop = seen_by_all
         for key, size in sizes:
             record[key] = [_short(next(values)) for _ in range(size)] if size else _short(next(values))
-        if not math.isfinite(record["loss"]):
-            raise NotFiniteError(
+        if not math.isfinite(record["loss"]) and self.failed is None:
+            self.failed = seen_by_all
+            self.failure = NotFiniteError(
                 f"{self.name}: the loss is {record['loss']} at step {record['step']} (images {', '.join(ids())}); "
                 "the last good checkpoint is kept. A lower learning rate may help."
             )
-        self.emit(record)
+        if self.failed is None:
+            self.emit(record)
+
+    def due(self, when: int | None, steps: int) -> bool:
+        return when is not None and steps >= when
 
 
 class _Whole(nn.Module):
@@ -324,7 +342,7 @@ def _batches(dataset: Dataset, loop: Loop, start: int, steps: int) -> Iterator[B
         worker_init_fn=leave_signals,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    for batch in loader:
+    for batch in loaded(loader):
         if isinstance(batch, InputError):
             raise batch
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)

@@ -130,7 +130,7 @@ def test_where_nothing_is_trained_every_file_is_the_same_byte_for_byte(tmp_path)
         ("data.train=tarin", "cacl: "),
         (
             "warmup.batch_size=1",
-            "cacl: Expected argument `batch_size` to be at least 1 image for each of the 2 processes",
+            "cacl: [warmup] batch_size: expected at least 1 image for each of the 2 processes, but got 1",
         ),
     ],
 )
@@ -141,3 +141,27 @@ def test_what_is_wrong_is_said_once(tmp_path, setting, line):
     assert len(said) == 1, done.stderr
     assert said[0].startswith(line)
     assert "cacl/" not in done.stderr  # no traceback
+
+
+TWICE = """
+import sys
+from cacl import _session
+from test_pipeline import run
+root, out = sys.argv[1:]
+for name in ("a", "b"):
+    run(root, f"{out}/{name}")
+_session._state_of = lambda file: [__import__("os").getpid()]  # files of other times on every machine
+for _ in range(2):
+    run(root, f"{out}/b", "cacl.epochs=1", stages=["warmup", "cacl"])
+"""
+
+
+def test_a_process_may_take_part_in_several_runs(tmp_path):
+    root = write_csv(tmp_path / "data")
+    (tmp_path / "twice.py").write_text(TWICE)
+    done = launch(2, tmp_path / "twice.py", root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (files(tmp_path / name) for name in "ab")
+    assert one["masks/train/0.png"] == two["masks/train/0.png"]
+    assert one["warmup/model.pt"] == two["warmup/model.pt"]
+    assert one["cacl/model.pt"] != two["cacl/model.pt"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -113,6 +114,20 @@ def test_stopped_and_resumed_is_the_same(data, tmp_path, workers):
 
     assert without_time("a.jsonl") == without_time("b.jsonl")
     assert [record["step"] for record in without_time("b.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_signal_is_not_lost_in_the_last_step(data, tmp_path, step):
+    def stop(record):
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, settings(), checkpoint=tmp_path / "c.pt", callback=stop)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _, steps = run(data, settings(), checkpoint=tmp_path / "c.pt")
+    assert len(steps) == 7 - step
 
 
 def test_another_seed_is_another_run(data):
