@@ -166,3 +166,18 @@ def test_coco_plain_has_the_same_labels(tmp_path: Path) -> None:
     ours, theirs = COCO(tmp_path, "train"), coco.Plain(tmp_path)
     assert [(str(entry.image), list(entry.labels)) for entry in ours.entries] == theirs.samples
     assert all(255 >= ours.mask(i).max() > 0 for i in range(30) if theirs.annotations[i])
+
+
+@pytest.mark.slow
+def test_chain_goes_through_every_stage(tmp_path: Path) -> None:
+    file = tmp_path / "chain.json"
+    small = ["--images", "6", "--val", "2", "--steps", "3", "--batch-size", "2", "--workers", "0"]
+    command = [sys.executable, BENCHMARKS / "chain.py", "--tiny", *small, "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(file.read_text())["stages"]
+    assert list(stages) == ["warmup", "cacl", "cams", "irn", "masks", "segment", "predict"]
+    assert all(value > 0 for row in stages.values() for value in row.values())
+    # 20 epochs of 10 582 images at the measured rate
+    hours = 20 * 10582 / stages["cacl"]["training images/s"] / 3600
+    assert stages["cacl"]["hours of a VOC run"] == pytest.approx(hours)
