@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None and rank() == 0:
-            _held.discard(folder.resolve())
+            _held.discard(os.path.realpath(folder))
             with suppress(OSError):
                 (folder / _LOCK).unlink()
             os.close(file)
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 _LOCK = ".lock"
-_held: set[Path] = set()
+_held: set[str] = set()
 """By this process, in which the system would give the lock again."""
 
 
@@ -86,34 +86,37 @@ def _lock(folder: Path) -> int | None:
         import fcntl
     except ImportError:  # not on Windows
         return None
-    owner = f"process {os.getpid()} on {platform.node()}"
-    if folder.resolve() in _held:
+    path, owner = folder / _LOCK, f"process {os.getpid()} on {platform.node()}"
+    if os.path.realpath(folder) in _held:
         raise InputError(f"{folder}: another run is using this folder ({owner})")
-    path = folder / _LOCK
     try:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # its owner ended just now and removed it, or the folder
+            try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
-                    if path.stat().st_ino == os.fstat(file).st_ino:
-                        os.truncate(file, 0)
-                        os.write(file, f"{owner}\n".encode())
-                        _held.add(folder.resolve())
-                        return file
-                except (BlockingIOError, PermissionError):
-                    other = os.read(file, 100).decode(errors="replace").strip()
-                    raise InputError(f"{folder}: another run is using this folder ({other})") from None
-                except OSError as error:
-                    if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                        raise
-                    logger.warning("%s: no lock against a second run: the file system has none", folder)
-                    path.unlink(missing_ok=True)
-                    return None
-                finally:
-                    if folder.resolve() not in _held:
-                        os.close(file)
+            except FileNotFoundError:  # the folder's last user ended just now and removed it
+                continue
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
+                if os.path.samestat(os.stat(path), os.fstat(file)):
+                    os.truncate(file, 0)
+                    os.write(file, f"{owner}\n".encode())
+                    _held.add(os.path.realpath(folder))
+                    return file
+                os.close(file)  # another file by now
+            except FileNotFoundError:
+                os.close(file)
+            except (BlockingIOError, PermissionError):
+                owner = os.read(file, 100).decode(errors="replace").strip()
+                os.close(file)
+                raise InputError(f"{folder}: another run is using this folder ({owner})") from None
+            except OSError as error:
+                os.close(file)
+                path.unlink(missing_ok=True)
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                logger.warning("%s: nothing keeps a second run out: the file system has no locks", folder)
+                return None
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, but {error.strerror or error}") from None
 

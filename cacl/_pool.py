@@ -111,7 +111,7 @@ def _end_loaders() -> None:
 
 @contextmanager
 def naming_dead_loaders() -> Iterator[None]:
-    """One line for what a ``DataLoader`` raises when one of its processes was killed."""
+    """One line for what a ``DataLoader`` raises, wherever this process is, when one of its processes was killed."""
     try:
         yield
     except RuntimeError as error:

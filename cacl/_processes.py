@@ -26,7 +26,7 @@ T = TypeVar("T")
 _alone = False
 """Whether rank 0 does something for all, in which it is the only one: :func:`once`."""
 _joined = 0
-"""How often this process has taken part in a group: torchrun's store keeps what was said before."""
+"""How often this process has taken part in a group: torchrun's store keeps what was said in those before."""
 _patient: Any = None
 """For those who wait while others work."""
 _PATIENCE = 48
@@ -87,7 +87,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         _joined += 1
         with _reported():
             store, number, size = next(rendezvous("env://", timeout=limit))
-            own = dist.PrefixStore(f"cacl-{_joined}", store)  # type: ignore[attr-defined]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            own = dist.PrefixStore(f"cacl-{attempt}-{_joined}", store)  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=own, rank=number, world_size=size, timeout=limit)
             _patient = dist.new_group(backend="gloo", timeout=_PATIENCE * limit)
     with _reported():

@@ -317,7 +317,7 @@ class Session:
         if resume and state.get("key") == key:
             if state.get("finished"):
                 logger.info("%s: finished before", name)
-                (folder / "checkpoint.pt").unlink(missing_ok=True)  # left by a kill just after the stage
+                self._forget_checkpoint(name)  # left by a kill just after the stage
             return state
         if state:
             reason = "its settings or data changed" if resume else "that was asked for"
@@ -326,7 +326,7 @@ class Session:
         for later in STAGES[STAGES.index(name) :]:
             (self.out / later / "stage.json").unlink(missing_ok=True)
             self.keep_metrics(later, None)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        self._forget_checkpoint(name)
         for files in (folder / name for name in _FILES):
             if files.is_symlink():
                 files.unlink()
@@ -337,7 +337,11 @@ class Session:
 
     def _end(self, name: str) -> None:
         write_json(self.out / name / "stage.json", {"key": self.key(name), "finished": True})
-        (self.out / name / "checkpoint.pt").unlink(missing_ok=True)
+        self._forget_checkpoint(name)
+
+    def _forget_checkpoint(self, name: str) -> None:
+        for file in ("checkpoint.pt", "checkpoint.pt.tmp"):
+            (self.out / name / file).unlink(missing_ok=True)
 
     def key(self, name: str) -> str:
         """A hash of everything that a stage's result depends on, the stages before it included."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cacl._checks import InputError, expected, first_line
 from cacl._files import check_inflated, replacing
 from cacl._log import watched
-from cacl._pool import leave_signals, loaded
+from cacl._pool import leave_signals, loaded, naming_dead_loaders
 from cacl._processes import once, share, together, total_counts
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
@@ -148,7 +148,7 @@ def make_cams(
         keep: leave out images that have a file already.
         progress: show a progress bar where there is a terminal.
     """
-    with together():
+    with together(), naming_dead_loaders():
         for index, cams in predict_cams(
             net, dataset, to_make(dataset, out, ".npz", keep=keep),
             scales=scales, flip=flip, device=device, workers=workers, progress=progress,
@@ -246,7 +246,7 @@ def evaluate_cams(
             mask = dataset.mask(index).numpy()
             yield mask, cams.classes, cams.resized(mask.shape)
 
-    with together():
+    with together(), naming_dead_loaders():
         joint, images = count_scores(samples(), num_classes, scores=scores)
     counts = total_counts(np.append(joint.reshape(-1), images))
     return sweep_of(counts[:-1].reshape(joint.shape), int(counts[-1]), scores)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cacl._checks import InputError, check_range
 from cacl._files import replacing
 from cacl._log import watched
-from cacl._pool import map_processes
+from cacl._pool import map_processes, naming_dead_loaders
 from cacl._processes import share, together, total_counts
 from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd, to_make
 from cacl.datasets import Dataset
@@ -147,7 +147,7 @@ def walk_cams(
     check_range("power", power, 0.01, 100)
     wanted = to_make(dataset, out, ".npz", keep=keep)
     images = load_images(dataset, wanted, workers, pinned=torch.device(device).type == "cuda")
-    with together():
+    with together(), naming_dead_loaders():
         for index, image in watched(images, total=len(wanted), desc="random walk", progress=progress):
             seeds = _cams(dataset, cams, index)
             photo = image[None].to(device, memory_format=torch.channels_last, non_blocking=True)

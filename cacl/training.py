@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from cacl._checks import InputError, NotFiniteError, check_choice, expected, first_line
 from cacl._files import load_state, load_weights, save_state
 from cacl._log import Callback, Log, Record, watched
-from cacl._pool import leave_signals, loaded
+from cacl._pool import leave_signals, loaded, naming_dead_loaders
 from cacl._processes import count, gathered, once, rank, together, total
 from cacl._signals import Interrupts
 from cacl.datasets import Dataset
@@ -165,7 +165,7 @@ def train(
     saved = clock = time.monotonic()
     dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with bar, generators, Interrupts() as interrupts:
+    with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
         for number, batch in enumerate(bar, start=start):
             torch.manual_seed(_mix(loop.seed, "step", number, *([rank()] if rank() else [])))
             factor = _SCHEDULES[loop.schedule](number / steps)
