@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -414,6 +415,37 @@ def test_torchrun_starts_again_when_a_process_was_killed(by_two):
     assert files(run.out) == wanted
 
 
+RESTART = """
+import os, time
+import torch
+from cacl._processes import gathered, joined
+again, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0", os.environ["RANK"]
+if again and rank == "1":
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "{count}"
+    time.sleep(2)
+with joined(torch.device("cpu"), 10):
+    gathered(rank)
+    if not again and rank == "1":
+        os.kill(os.getpid(), 9)
+    print("all:", gathered(rank))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, pytest.param(0, id="as torchrun counts on another machine")])
+def test_processes_that_start_again_find_nothing_from_before(tmp_path, count):
+    """The last one is late: what the others find of it in torchrun's store would be from before."""
+    script = tmp_path / "restart.py"
+    script.write_text(RESTART.format(count=count))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    path = os.pathsep.join([str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.count("all: ['0', '1']") == 2, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @on_linux
 def test_a_process_that_does_not_answer_is_given_up(by_two):
@@ -450,3 +482,16 @@ def test_sigterm_to_torchrun_saves_a_last_checkpoint(by_two):
     said = again.end()
     assert f"going on from step {steps} of" in said
     assert files(again.out) == wanted
+
+
+@pytest.mark.slow
+@on_linux
+def test_the_benchmark_of_faults_compares(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/endurance.py"
+    command = [sys.executable, str(script), "--only", "nan", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["fault"] == "loss that becomes NaN"
+    assert row["lost"] == "nothing"
+    assert "ended equal" in row["went_on"]
