@@ -531,7 +531,8 @@ def stopped_stage(place: Place, number: signal.Signals, pattern: str, *, group: 
 def not_finite(place: Place) -> Row:
     run = Run(place, "nan")
     happened = run.start("cacl.lr=1e30").ends(1, "cacl: the loss is", "at step", "(images ")
-    expect(run.step_of_checkpoint("cacl") == run.steps("cacl") > 0, "the checkpoint is not that of the last good step")
+    step, logged = run.step_of_checkpoint("cacl"), run.steps("cacl")
+    expect(0 < step <= logged, f"{logged} steps were good, and the checkpoint is that of step {step}")
     expect(run.state("warmup"), "warmup is not finished")
     happened = re.sub(r"\(images .*?\)", "(images …)", happened)
     return Row(happened, "nothing", f"with a lower rate `cacl` was done again, and it {run.goes_on(place.whole())}")
@@ -636,7 +637,7 @@ ROWS: dict[str, dict[str, Callable[[Place], Row | Iterator[Row]]]] = {
     },
     "sigint": {
         "SIGINT to all processes (Ctrl-C), in training": partial(stopped_training, number=INT, group=True),
-        "SIGINT twice": partial(stopped_training, number=INT, group=True, times=2),
+        "SIGINT twice at once": partial(stopped_training, number=INT, group=True, times=2),
         "SIGINT to all processes, in label mining": partial(
             stopped_stage, number=INT, pattern="irn/labels/*.png", group=True
         ),

@@ -5,11 +5,14 @@ Everything here is true of a single process too, which is its own rank 0 of 1 an
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -25,8 +28,6 @@ T = TypeVar("T")
 
 _alone = False
 """Whether rank 0 does something for all, in which it is the only one: :func:`once`."""
-_joined = 0
-"""How often this process has taken part in a group: torchrun's store keeps what was said in those before."""
 _patient: Any = None
 """For those who wait while others work."""
 _PATIENCE = 48
@@ -76,7 +77,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     Raises:
         LostProcessError: if another process dies or does not answer in time.
     """
-    global _joined, _patient
+    global _patient
     begun = _launched() and not _grouped()
     if begun:
         if device.type == "cuda":
@@ -84,11 +85,9 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         # Both: what is on the CPU is told without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        _joined += 1
         with _reported():
             store, number, size = next(rendezvous("env://", timeout=limit))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            own = dist.PrefixStore(f"cacl-{attempt}-{_joined}", store)  # type: ignore[attr-defined]
+            own = _unused(store, number, size, timeout)
             dist.init_process_group(backend, store=own, rank=number, world_size=size, timeout=limit)
             _patient = dist.new_group(backend="gloo", timeout=_PATIENCE * limit)
     with _reported():
@@ -97,6 +96,24 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     if begun:
         _patient = None
         dist.destroy_process_group()
+
+
+def _unused(store: Any, number: int, size: int, timeout: float) -> Any:
+    """A part of torchrun's store that nobody has used: what was said in other runs, or before a restart, stays in it.
+
+    Each writes a name that is new, and which names it sees. When all see the same, these are of this start. (The number
+    of restarts that torchrun tells its processes may differ from machine to machine.)
+    """
+    store.set(f"cacl/name/{number}", uuid4().hex)
+    deadline = time.monotonic() + timeout
+    while True:
+        names = b"-".join(store.get(f"cacl/name/{each}") for each in range(size))
+        store.set(f"cacl/seen/{number}", names)
+        if all(store.get(f"cacl/seen/{each}") == names for each in range(size)):
+            return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)  # type: ignore[attr-defined]
+        if time.monotonic() > deadline:
+            raise dist.DistError("not all processes have started")
+        time.sleep(0.05)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

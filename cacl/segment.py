@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as views
 from cacl._checks import InputError, check_integer
 from cacl._files import load_state, load_weights, save_state
 from cacl._log import watched
-from cacl._pool import can_be_sent, leave_signals, loaded, map_processes
+from cacl._pool import can_be_sent, leave_signals, loaded, map_processes, naming_dead_loaders
 from cacl._processes import share, together, total_counts
 from cacl.camnet import evaluating
 from cacl.cams import sgd, to_make
@@ -206,7 +206,7 @@ def make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, *, keep: bool 
     wanted = to_make(dataset, out, ".png", keep=keep)
     paths = [out / f"{dataset.entries[i].id}.png" for i in wanted]
     photos = [dataset.entries[i].image for i in wanted]
-    with together():
+    with together(), naming_dead_loaders():
         for _, result in segment_photos(net, photos, _Saving(paths), **settings):
             if isinstance(result, InputError):
                 raise result
@@ -221,7 +221,7 @@ def evaluate_segmenter(net: DeepLabV2, dataset: Dataset, **settings: Any) -> tup
     mine = list(share(masked))
     matrix = ConfusionMatrix(len(dataset.classes))
     photos = [dataset.entries[i].image for i in mine]
-    with together():
+    with together(), naming_dead_loaders():
         for _, counts in segment_photos(net, photos, _Counting(dataset, mine), desc="evaluate", **settings):
             if isinstance(counts, InputError):
                 raise counts

@@ -145,8 +145,12 @@ def train(
     once(lambda: log.rewind(name, start) if log is not None else None)
     run = step if count() == 1 else _distributed(step, modules, device)
 
+    def finite() -> bool:
+        values = (value for module in modules.values() for value in module.state_dict().values())
+        return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
+
     def save(done: int) -> None:
-        if checkpoint is None or rank() > 0:
+        if checkpoint is None or rank() > 0 or not finite():  # a finite loss may have had an update that is not
             return
         states = {k: module.state_dict() for k, module in modules.items()}
         state = {"modules": states, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -201,6 +205,11 @@ def train(
         pending.flush()
         if pending.failed is not None:
             raise pending.failure
+        if start < steps and not all(gathered(finite())):  # after the last update there is no loss that shows it
+            raise NotFiniteError(
+                f"{name}: the weights are not finite after step {steps}; the last good checkpoint is kept. A lower "
+                "learning rate may help."
+            )
         if start < steps:
             save(steps)
         if any(gathered(interrupts.came)):  # in the last steps

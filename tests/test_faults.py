@@ -347,7 +347,8 @@ def test_a_loss_that_is_nan_and_then_a_lower_rate(place, whole):
     code, (line,) = place.run("cacl.lr=1e30")
     assert code == 1
     step = int(re.match(r"cacl: cacl: the loss is nan at step (\d+) \(images \d, \d, \d\); the last good", line)[1])
-    assert place.step_of_checkpoint("cacl") == step - 1
+    assert 0 < place.step_of_checkpoint("cacl") < step
+    assert place.run("cacl.lr=1e30") == (1, [line])  # the checkpoint that was kept is one that loads
     place.ends_as(whole)
     assert [record["step"] for record in place.records] == [1, 2, 3, 4]  # the stage was done again, and only that
 
@@ -434,7 +435,7 @@ with joined(torch.device("cpu"), 30):
     gathered(rank)
     if not again and rank == "1":
         os.kill(os.getpid(), 9)
-    print("all:", gathered(rank))
+    print(gathered(rank))
 """
 
 
@@ -450,7 +451,7 @@ def test_processes_that_start_again_find_nothing_from_before(tmp_path, count):
     done = subprocess.run(
         [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.stdout.count("all: ['0', '1']") == 2, done.stderr[-2000:]
+    assert done.stdout.count("['0', '1']") == 2, done.stderr[-2000:]
 
 
 @pytest.mark.slow
