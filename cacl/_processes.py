@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,8 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from cacl._checks import InputError, first_line
 from cacl._device import find_device
@@ -43,12 +42,14 @@ class LostProcessError(ConnectionError):
 
 def count() -> int:
     """Number of processes of ``torch.distributed``'s default group; 1 without one."""
-    return dist.get_world_size() if _grouped() and not _alone else 1
+    dist = _grouped()
+    return int(dist.get_world_size()) if dist and not _alone else 1
 
 
 def rank() -> int:
     """This process's number among them, from 0."""
-    return dist.get_rank() if _grouped() else 0
+    dist = _grouped()
+    return int(dist.get_rank()) if dist else 0
 
 
 def local_device(name: str, setting: str) -> torch.device:
@@ -77,24 +78,42 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     Raises:
         LostProcessError: if another process dies or does not answer in time.
     """
-    global _patient
-    begun = _launched() and not _grouped()
-    if begun:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # Both: what is on the CPU is told without waiting for a GPU.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        limit = timedelta(seconds=timeout)
+    if not _launched() or _grouped():
         with _reported():
-            store, number, size = next(rendezvous("env://", timeout=limit))
-            own = _unused(store, number, size, timeout)
-            dist.init_process_group(backend, store=own, rank=number, world_size=size, timeout=limit)
-            _patient = dist.new_group(backend="gloo", timeout=_PATIENCE * limit)
+            yield
+            gathered(None)  # nobody leaves while another still listens
+        return
+    try:
+        _begin(device, timeout)
+        with _reported():
+            yield
+            gathered(None)
+    finally:  # also where the body raises: whoever waits for this process then learns that it is gone
+        _end()
+
+
+def _begin(device: torch.device, timeout: float) -> None:
+    """Make the group that torchrun has started this process for."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    global _patient
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Both: what is on the CPU is told without waiting for a GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
     with _reported():
-        yield
-        gathered(None)  # nobody leaves while another still listens
-    if begun:
-        _patient = None
+        store, number, size = next(rendezvous("env://", timeout=limit))
+        own = _unused(store, number, size, timeout)
+        dist.init_process_group(backend, store=own, rank=number, world_size=size, timeout=limit)
+        _patient = dist.new_group(backend="gloo", timeout=_PATIENCE * limit)
+
+
+def _end() -> None:
+    global _patient
+    _patient = None
+    if dist := _grouped():
         dist.destroy_process_group()
 
 
@@ -104,6 +123,8 @@ def _unused(store: Any, number: int, size: int, timeout: float) -> Any:
     Each writes a name that is new, and which names it sees. When all see the same, these are of this start. (The number
     of restarts that torchrun tells its processes may differ from machine to machine.)
     """
+    import torch.distributed as dist
+
     store.set(f"cacl/name/{number}", uuid4().hex)
     deadline = time.monotonic() + timeout
     while True:
@@ -129,7 +150,7 @@ def total(values: Tensor) -> Tensor:
     if place.type == "cpu" and not _speaks_cpu():
         place = torch.device("cuda", torch.cuda.current_device())
     summed = values.detach().to(place, copy=True)
-    dist.all_reduce(summed)
+    _grouped().all_reduce(summed)
     return summed.to(values.device)
 
 
@@ -143,7 +164,7 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list[T | None] = [None] * count()
-    dist.all_gather_object(values, value, group=_patient)
+    _grouped().all_gather_object(values, value, group=_patient)
     return values  # type: ignore[return-value]
 
 
@@ -204,7 +225,7 @@ def gathered_rows(values: Tensor) -> Tensor:
     padded = values.new_zeros(max(lengths), *values.shape[1:])
     padded[: len(values)] = values.detach()
     parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    _grouped().all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
@@ -214,7 +235,8 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        dist = sys.modules.get("torch.distributed")
+        if (dist is not None and isinstance(error, dist.DistError)) or "gloo" in str(error):
             raise LostProcessError(
                 "another process of this run died or did not answer in time; the same command goes on from the last "
                 f"checkpoint ({first_line(error)})"
@@ -231,9 +253,11 @@ def _launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _grouped() -> Any:
+    """``torch.distributed`` where it has a default group, else None; torch may be built without it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def _speaks_cpu() -> bool:
-    return "cpu" in str(dist.get_backend_config())
+    return "cpu" in str(_grouped().get_backend_config())

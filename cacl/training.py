@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cacl._checks import InputError, NotFiniteError, check_choice, expected, first_line
@@ -297,6 +296,8 @@ class _Whole(nn.Module):
 def _distributed(
     step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], device: torch.device
 ) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
     if device.type == "cuda":  # on CPUs there is no batch norm over processes
         for module in modules.values():
             nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]

@@ -165,3 +165,22 @@ def test_a_process_may_take_part_in_several_runs(tmp_path):
     assert one["masks/train/0.png"] == two["masks/train/0.png"]
     assert one["warmup/model.pt"] == two["warmup/model.pt"]
     assert one["cacl/model.pt"] != two["cacl/model.pt"]
+
+
+RAISING = """
+import torch
+from cacl._processes import gathered, joined
+for number in range(2):
+    try:
+        with joined(torch.device("cpu"), 30):
+            assert gathered(number) == [number, number]
+            raise ValueError("both")
+    except ValueError:
+        print("left" if not torch.distributed.is_initialized() else "still in it")
+"""
+
+
+def test_the_group_is_left_where_the_body_raises(tmp_path):
+    (tmp_path / "raising.py").write_text(RAISING)
+    done = launch(2, tmp_path / "raising.py")
+    assert (done.returncode, done.stdout.split()) == (0, ["left"] * 4), done.stderr
