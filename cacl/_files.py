@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -13,13 +15,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cacl._checks import InputError, check_weights, first_line
 from cacl._processes import once, rank
+
+Network = TypeVar("Network", bound=nn.Module)
 
 logger = logging.getLogger("cacl")
 
@@ -126,8 +130,24 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: ``null`` stands for them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,8 +202,9 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) ->
     if not isinstance(state, Mapping):
         raise InputError(f"{source}: expected weights, but got {type(state).__name__}")
     own = module.state_dict()
-    state = {**{name: value for name, value in own.items() if name.endswith("_extra_state")}, **state}
-    fitting = [k for k, v in own.items() if isinstance(state.get(k), Tensor) and state[k].shape == v.shape]
+    extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
+    state = {**extra, **state}
+    fitting = [k for k, v in own.items() if _fits(v, state.get(k, extra))]
     wrong = [name for name in (*own, *state) if name not in fitting]
     if wrong:
         name = wrong[0]
@@ -192,8 +213,51 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) ->
             f"{source}: does not fit: {len(fitting)} of {len(own)} parameters match; "
             f"{name!r}: expected {sizes[0]}, but got {sizes[1]}"
         )
-    check_weights(source, state)
+    check_weights(source, {name: value for name, value in state.items() if isinstance(value, Tensor)})
     module.load_state_dict(state)
+
+
+def _fits(own: object, other: object) -> bool:
+    """Whether a value of one state dict can take the place of another; what is no tensor is a module's extra state."""
+    if not isinstance(own, Tensor) or not isinstance(other, Tensor):
+        return isinstance(own, Tensor) == isinstance(other, Tensor)
+    return own.shape == other.shape
+
+
+def copied(argument: str, module: Network) -> Network:
+    """A deep copy, also of a module with tensors that are computed from parameters, such as those of weight norm.
+
+    Raises:
+        ValueError: if it cannot be copied; names the argument.
+    """
+    # torch copies no tensor that has a history; these are made anew from the parameters whenever they are needed.
+    values = (value for child in module.modules() for value in vars(child).values())
+    computed = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
+    try:
+        return copy.deepcopy(module, computed)
+    except Exception as error:  # a module of one's own may hold anything
+        raise InputError(
+            f"Expected argument `{argument}` to be a module that can be copied, but {type(module).__name__} cannot: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def check_can_be_saved(argument: str, module: nn.Module) -> None:
+    """Require what modules keep beside their tensors to be something that a checkpoint can hold."""
+    for name, value in module.state_dict().items():
+        if not _can_be_saved(value):
+            raise InputError(
+                f"Expected argument `{argument}` to be a module whose state can be saved, but its {name!r} holds "
+                "something else than tensors, numbers, texts, and lists and dicts of them."
+            )
+
+
+def _can_be_saved(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_can_be_saved, (*value.keys(), *value.values())))
+    if isinstance(value, list | tuple | set):
+        return all(map(_can_be_saved, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | complex | str | bytes)
 
 
 def _canonical(value: Any) -> Any:

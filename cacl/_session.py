@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +12,26 @@ from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import nn
 
 from cacl import scenes
 from cacl._checks import InputError
-from cacl._files import load_state, load_weights, read_json, save_state, write_json, write_text
-from cacl._log import Callback, Log, Record, measured
+from cacl._files import (
+    check_can_be_saved,
+    copied,
+    load_state,
+    load_weights,
+    read_json,
+    save_state,
+    write_json,
+    write_text,
+)
+from cacl._identity import UnknownError, identity
+from cacl._log import Callback, Log, Record, forget_costs, measured
+from cacl._pool import usable_cores
 from cacl._processes import by_turns, count, local_count, local_device, once, rank, together
 from cacl._scores import SCORED_ON, describe, is_sound, score
 from cacl.camnet import CAMNet
@@ -68,8 +78,7 @@ class Session:
 
     @property
     def workers(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(self.config.run.workers, max(1, cores // local_count()))
+        return min(self.config.run.workers, max(1, usable_cores() // local_count()))
 
     @property
     def inference(self) -> dict[str, Any]:
@@ -152,9 +161,10 @@ class Session:
             torch.default_generator.manual_seed(self.config.run.seed)  # torch.manual_seed would seed the GPUs too
             if backbone is None:
                 given = self.given_backbone
-                backbone = self.config.camnet.backbone if given is None else copy.deepcopy(given)
+                backbone = self.config.camnet.backbone if given is None else copied("backbone", given)
                 weights = self.config.camnet.weights
             net = make(backbone=backbone, weights=weights if weights and state is None else None)
+        check_can_be_saved("backbone", net)
         if state is not None:
             load_weights(net, state, path)
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -323,9 +333,12 @@ class Session:
             reason = "its settings or data changed" if resume else "that was asked for"
             logger.info("%s: done again, since %s", name, reason)
         # Nothing of another run stays, and what builds on this stage is done again too.
-        for later in STAGES[STAGES.index(name) :]:
+        again = STAGES[STAGES.index(name) :]
+        for later in again:
             (self.out / later / "stage.json").unlink(missing_ok=True)
             self.keep_metrics(later, None)
+        self.log.forget(again)
+        forget_costs(self.out / "times.json", again)
         self._forget_checkpoint(name)
         for files in (folder / name for name in _FILES):
             if files.is_symlink():
@@ -349,12 +362,17 @@ class Session:
             config, run = self.config, self.config.run
             common: list[object] = [run.seed, run.precision]
             if name == "warmup":
-                mine = [config.warmup, config.camnet, _identity(self.given_backbone), self.train.fingerprint()]
+                mine = [
+                    config.warmup,
+                    config.camnet,
+                    _identity("backbone", self.given_backbone),
+                    self.train.fingerprint(),
+                ]
                 mine += _state_of(config.camnet.weights)
             elif name == "cacl":
                 words = self.backgrounds and {name: self.backgrounds.get(name) for name in self.train.classes}
                 mine = [config.cacl, config.encoder, config.prompts, words]
-                mine += [_identity(self.given_encoder), self.key("warmup")]
+                mine += [_identity("encoder", self.given_encoder), self.key("warmup")]
                 mine += _state_of(config.encoder.name)
             elif name == "cams":
                 mine = [config.cams, self.key("cacl")]
@@ -363,7 +381,7 @@ class Session:
             elif name == "masks":
                 mine = [config.masks, self.key("irn")]
             elif name == "segment":
-                own = config.segment.backbone or [config.camnet, _identity(self.given_backbone)]
+                own = config.segment.backbone or [config.camnet, _identity("backbone", self.given_backbone)]
                 mine = [config.segment, own, self.key("masks"), *_state_of(config.segment.weights)]
             elif name == "predict":
                 photos = self.segmented and self.segmented.fingerprint()
@@ -418,13 +436,15 @@ def _state_of(file: str) -> list[int]:
     return [path.stat().st_size, path.stat().st_mtime_ns] if file and path.is_file() else []
 
 
-def _identity(module: object) -> str:
-    """What tells one encoder or backbone from another: its class, and the values of its parameters."""
-    if module is None:
+def _identity(argument: str, thing: object) -> str:
+    """What tells one encoder or backbone from another; where that cannot be known, it is another every time."""
+    if thing is None:
         return ""
-    digest = hashlib.sha256(type(module).__qualname__.encode())
-    if isinstance(module, nn.Module):
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    try:
+        return identity(thing)
+    except UnknownError as error:
+        logger.warning(
+            "%s: what it gives is done again, since a %s cannot be told from another one: %s. Give it an attribute "
+            "`key`, a text that changes whenever its results do.", argument, type(thing).__name__, error,
+        )  # fmt: skip
+        return uuid4().hex

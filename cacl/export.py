@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from cacl._checks import InputError, expected, first_line
-from cacl._files import replacing
+from cacl._files import copied, replacing
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
 from cacl.segment import Segmenter
@@ -114,7 +113,7 @@ class _MaxPool(nn.Module):
 
 def _program(net: DeepLabV2) -> ExportedProgram:
     try:
-        net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
+        net = copied("segmenter", net).cpu().eval().requires_grad_(False)
         with torch.no_grad():
             stride = -(-128 // net.logits(torch.zeros(1, 3, 128, 128)).shape[-1])
             # At half the size there must be more than one cell: symbolic sizes take 1 for a case of its own.
