@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from cacl._files import naming, read_json, write_json, write_text
+from cacl._files import naming, read_json, to_json, write_json, write_text
 from cacl._processes import rank
 
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ class Log:
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", opener=_not_through_a_link) as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
 
     def records(self) -> list[Record]:
         """All whole lines; one that was cut off by a kill, or is no record, is left out."""
@@ -46,9 +46,15 @@ class Log:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what ``stage`` wrote after ``step``."""
-        records = self.records()
-        kept = [record for record in records if record.get("stage") != stage or record.get("step", 0) <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        self._keep(lambda record: record.get("stage") != stage or record.get("step", 0) <= step)
+
+    def forget(self, stages: Collection[str]) -> None:
+        """Forget all that some stages wrote."""
+        self._keep(lambda record: record.get("stage") not in stages)
+
+    def _keep(self, wanted: Callable[[Record], bool]) -> None:
+        kept = filter(wanted, self.records())
+        text = "".join(to_json(record) + "\n" for record in kept)
         if text != self._text():
             write_text(self.path, text)
 
@@ -99,6 +105,16 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
             add()
         raise
     add()
+
+
+def forget_costs(path: Path, stages: Collection[str]) -> None:
+    """Take some stages out of ``times.json``."""
+    known = read_json(path)
+    if kept := {stage: cost for stage, cost in known.items() if stage not in stages}:
+        if kept != known:
+            write_json(path, kept)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _peak_mb() -> float | None:

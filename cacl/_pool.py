@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from multiprocessing import active_children, current_process, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -82,6 +84,36 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """How many cores this process may keep busy: those of its affinity mask, and no more than its container's quota."""
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return mask if quota is None else max(1, min(mask, math.ceil(quota)))
+
+
+def _quota(system: Path = Path("/")) -> float | None:
+    """The CPU quota of this process's control group and those around it, in cores; None where there is none."""
+    quotas = []
+    with suppress(OSError):
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            if kinds and "cpu" not in kinds.split(","):
+                continue
+            root = system / "sys/fs/cgroup" / ("" if not kinds else "cpu")
+            inner = root / group.lstrip("/")
+            for folder in (inner, *inner.parents):
+                with suppress(OSError, ValueError):
+                    if kinds:  # version 1
+                        most, period = (int((folder / f"cpu.cfs_{x}_us").read_text()) for x in ("quota", "period"))
+                    else:
+                        most, period = map(int, (folder / "cpu.max").read_text().split())  # "max" is no number
+                    if most > 0 and period > 0:
+                        quotas.append(most / period)
+                if folder == root:
+                    break
+    return min(quotas, default=None)
 
 
 def loaded(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from cacl.cams import evaluate_cams
 from cacl.datasets import Dataset
 from cacl.images import read_mask
 from cacl.masks import evaluate_refined
-from cacl.metrics import BACKGROUND_SCORE, SCORES, ConfusionMatrix
+from cacl.metrics import BACKGROUND_SCORE, SCORES, ConfusionMatrix, mean_iou
 from cacl.segment import evaluate_segmenter
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def score(session: Session, name: str, dataset: Dataset) -> Record:
     source = folder if masks or name == "cams" else session.net(name)
     sweep = evaluate_cams(source, dataset, scores=sorted({*SCORES, background}), **session.inference)
     best, miou = sweep.oracle
-    oracle = {"background_score": best, "miou": round(miou, 6)}
+    oracle = {"background_score": best, "miou": _rounded(miou)}
     alone = _iou(sweep.iou[sweep.scores.index(background)], dataset.classes)
     if masks:
         return {**record, "walk": {"miou": alone["miou"], "oracle": oracle}}
@@ -63,18 +63,20 @@ def score(session: Session, name: str, dataset: Dataset) -> Record:
 
 def describe(name: str, metrics: Record) -> str:
     """One evaluation in one line, with everything that a mean IoU needs beside it."""
-    line = (
-        f"{name}: {metrics['what']} mIoU {100 * metrics['miou']:.1f} % ({metrics['split']}, {metrics['images']} images"
-    )
+    line = f"{name}: {metrics['what']} mIoU {_percent(metrics['miou'])} ({metrics['split']}, {metrics['images']} images"
     if "background_score" in metrics:
         line += f", background score {metrics['background_score']}"
     line += ", CRF" if metrics["crf"] else ", no CRF"
     walk = metrics.get("walk", {})
     if walk:
-        line += f"; the random walk alone {100 * walk['miou']:.1f} %"
+        line += f"; the random walk alone {_percent(walk['miou'])}"
     if oracle := metrics.get("oracle", walk.get("oracle")):
-        line += f"; oracle {100 * oracle['miou']:.1f} % at {oracle['background_score']}"
+        line += f"; oracle {_percent(oracle['miou'])} at {oracle['background_score']}"
     return line + ")"
+
+
+def _percent(miou: float | None) -> str:
+    return "of no pixel" if miou is None else f"{100 * miou:.1f} %"
 
 
 def is_sound(metrics: object) -> bool:
@@ -109,4 +111,9 @@ def _predictions(session: Session, dataset: Dataset) -> Record:
 
 def _iou(values: NDArray[np.float64], classes: Sequence[str]) -> Record:
     named = zip(("background", *classes), values.tolist(), strict=True)
-    return {"miou": round(float(np.nanmean(values)), 6), "iou": {k: round(v, 6) for k, v in named if v == v}}
+    return {"miou": _rounded(mean_iou(values)), "iou": {k: round(v, 6) for k, v in named if v == v}}
+
+
+def _rounded(miou: float) -> float | None:
+    """As it stands in ``metrics.json``; None where no pixel counts, since the masks say "ignored" everywhere."""
+    return round(miou, 6) if miou == miou else None

@@ -22,13 +22,15 @@ def scores(metrics: Mapping[str, Any]) -> list[Score]:
     """Every mean IoU of ``metrics.json``."""
     found = []
     for stage, own in metrics.items():
+        if own["miou"] is None:  # every pixel is ignored
+            continue
         crf, what = bool(own.get("crf")), own.get("what", stage)
         name = _NAMES.get(stage) or (f"{what} + CRF" if stage == "predict" and crf else what)
         common = (str(own.get("split", "")), int(own.get("images", 0)), own.get("background_score"))
         if walk := own.get("walk"):
             found.append(Score(stage, "Random walk alone", walk["miou"], *common, False, _oracle(walk)))
         found.append(Score(stage, name[:1].upper() + name[1:], own["miou"], *common, crf, _oracle(own)))
-    return [score for score in found if score.miou == score.miou]  # NaN where every pixel is ignored
+    return found
 
 
 def tiles(known: Sequence[Score]) -> list[tuple[Score, str]]:

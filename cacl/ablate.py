@@ -196,6 +196,10 @@ def _fork(start: Path, folder: Path) -> None:
 
 
 def _score(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int) -> Score:
+    if metrics["miou"] is None:
+        raise InputError(
+            f"[data] eval: expected masks to compare on, but those of {metrics['split']!r} have no pixel that counts"
+        )
     records = [record for record in Log(folder / "log.jsonl").records() if record.get("stage") == stage]
     seconds = [batch_size / record["images_per_second"] for record in records]
     return Score(metrics["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan"))

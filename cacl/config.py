@@ -10,7 +10,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cacl._checks import InputError, did_you_mean, quoted, shown
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
@@ -238,13 +246,15 @@ class Segment(Training):
     scale: tuple[Weight, Weight] = (0.78, 2.34)
     """The range of the longer side over ``crop``: half to three halves of a photo of 500 pixels."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _of_preset(cls, given: Any) -> Any:
+    def _of_preset(cls, given: Any, validated: ModelWrapValidatorHandler[Segment]) -> Segment:
         if not isinstance(given, dict):
-            return given
-        preset = given.get("preset")
-        return {**_SEGMENT["paper" if preset == "paper" else "deeplab"], **given}
+            return validated(given)
+        preset = _SEGMENT["paper" if given.get("preset") == "paper" else "deeplab"]
+        table = validated({**preset, **given})
+        table.model_fields_set.difference_update(preset.keys() - given.keys())  # so that another preset gives its own
+        return table
 
 
 _SEGMENT = {"deeplab": {"epochs": 18.9, "lr": 2.5e-4}, "paper": {"epochs": 37.8, "lr": 0.005}}
@@ -331,10 +341,13 @@ class Config(Table):
 
     def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Config:
         """A copy with other values, table -> key -> value."""
-        return Config.model_validate(_merge(self.model_dump(), changes))
+        given = _merge(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})  # not of another folder now
+        return Config.model_validate(_merge(given, changes))
 
     def to_toml(self, folder: Path | None = None) -> str:
         """The configuration as TOML; loads back to an equal one.
+
+        What a preset within a table gives stands there as a comment, so that another preset in its place gives its own.
 
         Args:
             folder: where the file will lie. Paths in it are relative to it, so that it may be moved with its files.
@@ -346,8 +359,14 @@ class Config(Table):
             if folder is not None and path and Path(path).is_relative_to(folder):
                 tables[table][key] = Path(path).relative_to(folder).as_posix()
         for name, table in tables.items():
-            lines += [f"[{name}]", *(f"{k} = {_value(v)}" for k, v in table.items() if v is not None), ""]
+            given = getattr(self, name)
+            marks = {k: "# " if _is_required(given, k) and k not in given.model_fields_set else "" for k in table}
+            lines += [f"[{name}]", *(f"{marks[k]}{k} = {_value(v)}" for k, v in table.items() if v is not None), ""]
         return "\n".join(lines)
+
+
+def _is_required(table: Table, key: str) -> bool:
+    return type(table).model_fields[key].is_required()
 
 
 _PATHS = (("run", "out"), ("data", "root"), ("backgrounds", "file"))

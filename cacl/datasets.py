@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cacl._checks import InputError, expected, shown
 from cacl._coco import Objects, coco_splits, read_coco
 from cacl._listing import Entries, Entry, Listing, MasksIn, read_csv, read_voc, voc_splits
+from cacl._pool import usable_cores
 from cacl.images import read_image, read_mask
 from cacl.metrics import IGNORE
 
@@ -245,7 +246,7 @@ def check(dataset: Dataset, *, masks: bool = True, progress: bool = False) -> li
         return found
 
     with (
-        ThreadPoolExecutor() as pool,  # decoding releases the interpreter's lock
+        ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
         tqdm(total=len(dataset), desc="check", unit="image", disable=None if progress else True) as bar,
     ):
         problems = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from torchvision import tv_tensors
 
 from cacl._checks import InputError, first_line, shown
 
-# Pillow refuses images that are twice as large as those that it warns of, which some cameras make.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning, append=True)
+_FILTERS = threading.Lock()
+"""Warning filters are the whole process's: threads that change them for a moment do so one after the other."""
 
 
 def read_image(path: Path) -> tv_tensors.Image:
@@ -55,7 +56,12 @@ def open_image(path: Path, what: str = "an image") -> Iterator[Image.Image]:
             raise InputError(f"{name}: no such file")
         Image.init()
         # For EPS Pillow starts Ghostscript, which runs what is in the file.
-        with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as file:
+        kinds = [kind for kind in Image.OPEN if kind != "EPS"]
+        with _FILTERS, warnings.catch_warnings():
+            # Pillow refuses images that are twice as large as those that it warns of, which some cameras make.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path, formats=kinds)
+        with opened as file:
             yield file
     except InputError:
         raise

@@ -59,7 +59,7 @@ class ConfusionMatrix:
     @property
     def miou(self) -> float:
         """Mean of :attr:`iou` over the classes that occur; NaN where there is none."""
-        return _mean(self.iou)
+        return mean_iou(self.iou)
 
 
 class Sweep(NamedTuple):
@@ -74,12 +74,12 @@ class Sweep(NamedTuple):
         """Mean IoU at one of ``scores``."""
         if score not in self.scores:
             raise expected("score", "one of the sweep's scores", score)
-        return _mean(self.iou[self.scores.index(score)])
+        return mean_iou(self.iou[self.scores.index(score)])
 
     @property
     def oracle(self) -> tuple[float, float]:
         """The best score and its mean IoU: an oracle's, since it looks at the masks."""
-        means = [_mean(row) for row in self.iou]
+        means = [mean_iou(row) for row in self.iou]
         best = int(np.nanargmax(means)) if not np.all(np.isnan(means)) else 0
         return self.scores[best], means[best]
 
@@ -158,5 +158,6 @@ def _iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return iou
 
 
-def _mean(iou: NDArray[np.float64]) -> float:
+def mean_iou(iou: NDArray[np.float64]) -> float:
+    """The mean of the IoU of those classes that occur; NaN where there is none."""
     return float(np.nanmean(iou)) if not np.all(np.isnan(iou)) else float("nan")

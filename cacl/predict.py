@@ -16,6 +16,7 @@ from torch import nn
 from cacl._checks import InputError, shown
 from cacl._device import find_device
 from cacl._files import read_json, replacing
+from cacl._pool import usable_cores
 from cacl.config import Config, Predict
 from cacl.crf import Backend, check_backend
 from cacl.masks import save_mask
@@ -88,7 +89,7 @@ def predict(
     backend = check_backend(backend)
     settings = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
     settings |= {"backend": backend, "device": place if backend == "torch" else "cpu"}
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     results = segment_photos(
         segmenter.net.to(place),
         [photo for photo, _ in found],

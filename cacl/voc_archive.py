@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cacl._checks import InputError, check_choice, expected, shown
 from cacl._files import replacing
 from cacl._listing import VOC_CLASSES
+from cacl._pool import usable_cores
 from cacl.images import open_image
 from cacl.metrics import IGNORE
 from cacl.pictures import palette
@@ -67,7 +68,7 @@ def export_voc(
         return _check(masks / f"{id}.png", root / "JPEGImages" / f"{id}.jpg")
 
     digests = []
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+    with ThreadPoolExecutor(usable_cores() + 4) as pool:  # decoding releases the interpreter's lock
         hidden = None if progress else True
         for found, digest in tqdm(pool.map(check, ids), "export-voc", len(ids), unit="image", disable=hidden):
             problems += found

@@ -187,3 +187,39 @@ def test_the_building_blocks_have_examples():
     finder = doctest.DocTestFinder()
     for name in ("losses", "prompts", "selector", "regions", "camnet", "crf", "irn", "random_walk"):
         assert any(test.examples for test in finder.find(importlib.import_module(f"cacl.{name}"))), name
+
+
+WITHOUT_DISTRIBUTED = """
+import importlib.abc, sys, torch
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("torch.distributed."):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+for name in [name for name in sys.modules if name.startswith("torch.distributed.")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Missing())
+torch.distributed.is_available = lambda: False
+for name in ("is_initialized", "init_process_group", "DistError", "get_rank", "get_world_size", "all_reduce"):
+    delattr(torch.distributed, name)
+
+import cacl, cacl.cli, cacl.pipeline
+features = torch.ones(2, 3, requires_grad=True)
+cacl.itc_loss(features, -features, features, across=True).backward()
+print(features.grad.shape)
+"""
+
+
+def test_a_torch_without_distributed_will_do():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DISTRIBUTED], capture_output=True, text=True, check=False)
+    assert done.stdout == "torch.Size([2, 3])\n", done.stderr
+
+
+def test_importing_leaves_warnings_as_they_are():
+    modules = ", ".join(MODULES)
+    code = "import warnings, PIL.Image, torch, torchvision, pydantic, tqdm\nbefore = list(warnings.filters)\n"
+    code += f"import {modules}\n"
+    code += "print([f for f in warnings.filters if f not in before], len(before) == len(warnings.filters))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] True\n"

@@ -121,3 +121,25 @@ def test_a_configuration_moves_with_its_folder(tmp_path):
     assert moved.run.out == tmp_path / "there/run"
     assert moved.data.root == tmp_path / "there/run/data"
     assert str(config.run.out) in config.to_toml()  # without a folder, as it is
+
+
+def test_another_preset_of_the_segmenter_brings_its_own_numbers(tmp_path):
+    config = Config.load("voc", ["data.root=x"])
+    assert (config.segment.epochs, config.segment.lr) == (18.9, 2.5e-4)
+    changed = config.changed({"segment": {"preset": "paper"}})
+    assert (changed.segment.epochs, changed.segment.lr) == (37.8, 0.005)
+    assert changed == Config.load("voc", ["data.root=x", "segment.preset=paper"])
+    given = config.changed({"segment": {"lr": 0.1}}).changed({"segment": {"preset": "paper"}})
+    assert (given.segment.epochs, given.segment.lr) == (37.8, 0.1)
+    # A written configuration too, and what was given in it stays.
+    path = write(tmp_path, given.to_toml())
+    assert Config.load(path) == given
+    again = Config.load(path, ["segment.preset=deeplab"])
+    assert (again.segment.epochs, again.segment.lr) == (18.9, 0.1)
+
+
+def test_a_change_leaves_the_folder_where_it_was(tmp_path, monkeypatch):
+    path = write(tmp_path, '[data]\nformat = "csv"\nroot = "photos"\n')
+    config = Config.load(path)
+    monkeypatch.chdir(tmp_path)
+    assert config.changed({"run": {"seed": 1}}).run.out == config.run.out

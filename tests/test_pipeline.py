@@ -16,6 +16,7 @@ from PIL import Image
 import cacl
 from cacl import pipeline
 from cacl._files import replacing
+from cacl._log import Log
 from cacl.config import Config
 
 SETTINGS = [
@@ -429,3 +430,106 @@ def test_stages_without_a_crf_and_with_any_score(root, tmp_path):
     assert result.metrics["irn"]["miou"] == pytest.approx(result.metrics["cams"]["miou"], abs=1e-6)
     assert result.metrics["masks"]["miou"] == pytest.approx(result.metrics["masks"]["walk"]["miou"], abs=1e-6)
     assert result.metrics["masks"]["background_score"] == 0.3
+
+
+def test_a_stage_that_is_done_again_leaves_nothing_of_later_ones(root, tmp_path):
+    out = run(root, tmp_path / "out").out
+    assert {record["stage"] for record in Log(out / "log.jsonl").records()} == {"warmup", "cacl", "irn", "segment"}
+    run(root, out, "cacl.alpha=10", stages=["warmup", "cacl"])
+    assert {record["stage"] for record in Log(out / "log.jsonl").records()} == {"warmup", "cacl"}
+    assert list(json.loads((out / "times.json").read_text())) == ["warmup", "cacl"]
+    run(root, out, "warmup.lr=0.5", stages=["warmup"])
+    assert {record["stage"] for record in Log(out / "log.jsonl").records()} == {"warmup"}
+
+
+class Plain:
+    """An encoder that is no module."""
+
+    image_size, mean, std = 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+
+    def __init__(self, shift=0.0, hidden=None):
+        self.inner, self.shift, self.hidden = TinyEncoder(), shift, hidden
+
+    def encode_image(self, images):
+        return self.inner.encode_image(images) + self.shift
+
+    def encode_text(self, texts):
+        return self.inner.encode_text(texts)
+
+
+def test_another_encoder_that_is_no_module_is_another(root, tmp_path, caplog):
+    def stages_of(encoder):
+        seen = []
+        run(root, tmp_path / "out", encoder=encoder, stages=["warmup", "cacl"],
+            callback=lambda record: seen.append(record["stage"]))  # fmt: skip
+        return list(dict.fromkeys(seen))
+
+    assert stages_of(Plain()) == ["warmup", "cacl"]
+    assert stages_of(Plain()) == []
+    assert stages_of(Plain(0.5)) == ["cacl"]
+    with caplog.at_level("WARNING", "cacl"):
+        assert stages_of(Plain(hidden=object())) == ["cacl"]
+        assert stages_of(Plain(hidden=object())) == ["cacl"]
+    assert (
+        "encoder: what it gives is done again, since a Plain cannot be told from another one: `hidden`" in caplog.text
+    )
+    keyed = Plain(hidden=object())
+    keyed.key = "plain v1"
+    assert [stages_of(keyed), stages_of(keyed)] == [["cacl"], []]
+
+
+def test_other_statistics_of_a_given_encoder_are_another_encoder(root, tmp_path):
+    seen = []
+    for change in ({}, {"mean": (0.1, 0.1, 0.1)}, {"std": (1.0, 1.0, 1.0)}, {"image_size": 48}):
+        encoder = TinyEncoder()
+        vars(encoder).update(change)
+        run(root, tmp_path / "out", encoder=encoder, stages=["warmup", "cacl"],
+            callback=lambda record: seen.append(record["stage"]))  # fmt: skip
+    assert [seen.count(stage) for stage in ("warmup", "cacl")] == [4, 16]
+
+
+class WithExtraState(TinyBackbone):
+    """Its layout is part of its state, and no tensor."""
+
+    layout = "caffe"
+
+    def get_extra_state(self):
+        return {"layout": self.layout}
+
+    def set_extra_state(self, state):
+        self.layout = state["layout"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_backbones_that_are_hard_to_copy_or_to_save(root, tmp_path):
+    out = run(root, tmp_path / "extra", backbone=WithExtraState()).out
+    assert run(root, out, backbone=WithExtraState()).metrics
+    normed = TinyBackbone()
+    torch.nn.utils.weight_norm(normed.conv)
+    run(root, tmp_path / "normed", backbone=normed, stages=["warmup", "cacl", "cams"])
+    strange = WithExtraState()
+    strange.layout = object()
+    with pytest.raises(
+        ValueError, match=r"argument `backbone` .* whose state can be saved, but its 'backbone\._extra_"
+    ):
+        run(root, tmp_path / "strange", backbone=strange)
+    locked = TinyBackbone()
+    locked.lock = (i for i in range(3))
+    locked.key = "locked"
+    with pytest.raises(ValueError, match="argument `backbone` to be a module that can be copied, but TinyBackbone"):
+        run(root, tmp_path / "locked", backbone=locked)
+
+
+def test_masks_that_say_nothing_have_no_mean(root, tmp_path, recwarn):
+    for i in range(9):
+        Image.new("L", (64, 48), 255).save(root / f"masks/{i}.png")
+    result = run(root, tmp_path / "out")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    metrics = json.loads((result.out / "metrics.json").read_text(), parse_constant=refuse)
+    assert {own["miou"] for own in metrics.values()} == {None}
+    assert metrics == run(root, tmp_path / "out").metrics
+    assert "cams: CAM mIoU of no pixel (train, 6 images" in result.summary()
+    assert not [str(w.message) for w in recwarn if "mean" in str(w.message).lower()]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cacl import _pool
 from cacl._checks import InputError
 from cacl._pool import map_processes
 
@@ -177,3 +178,29 @@ def alive(process: int) -> bool:
         return False
     status = Path(f"/proc/{process}/status")
     return not (status.exists() and "\tZ" in status.read_text())  # a zombie waits for a parent that does not look
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+          "sys/fs/cgroup/a/cpu.max": "200000 100000"}, 2),
+        ({"proc/self/cgroup": "0::/not/seen/here\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        ({"proc/self/cgroup": "3:memory:/\n2:cpu,cpuacct:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "400000",
+          "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"}, 4),
+        ({"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "what\n"}, None),
+    ],
+)  # fmt: skip
+def test_the_quota_of_a_container(tmp_path, monkeypatch, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert _pool._quota(tmp_path) == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
+    monkeypatch.setattr(_pool, "_quota", lambda: cores)
+    assert _pool.usable_cores() == {None: 3, 1.5: 2, 2: 2, 0.5: 1, 4: 3}[cores]
