@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from cacl import pipeline
-from cacl._listing import VOC_CLASSES
 from cacl.config import Config
+from cacl.datasets.listing import VOC_CLASSES
 from cacl.encoders import CLIPEncoder, _import_clip
 
 TRAINED = ("warmup", "cacl", "irn", "segment")

@@ -38,11 +38,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from cacl._listing import Entry
-from cacl._log import Callback
 from cacl.camnet import CAMNet
 from cacl.cams import train_classifier
 from cacl.datasets import COCO, Dataset
+from cacl.datasets.entries import Entry
+from cacl.log import Callback
 from cacl.prompts import BackgroundSet
 from cacl.training import Loop
 from cacl.transforms import RandomView

@@ -29,8 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cacl._files import load_state, read_json
 from cacl._session import STAGES
+from cacl._support.files import read_json
+from cacl._support.weights import load_state
 
 CONFIG = """
 base = "scenes"

@@ -23,7 +23,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from cacl.datasets import CSVDataset, read_image
+from cacl.datasets import CSVDataset
+from cacl.images import read_image
 from cacl.training import Loop, _batches
 from cacl.transforms import RandomView
 

@@ -38,7 +38,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacl import DEFAULT_TEMPLATES, BackgroundSet, BGSuppressionLoss, CACLLoss, PromptSet, split_regions
-from cacl.encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, CLIPEncoder, _import_clip
+from cacl.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from cacl.encoders import CLIPEncoder, _import_clip
 
 NAMES = tuple(BackgroundSet.voc())
 TEMPLATES = (*DEFAULT_TEMPLATES, "a clean origami {}.", "a drawing of {}.", "a painting of {}.", "a close-up of {}.")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cacl import CAMNet, scenes
-from cacl._small import Trunk, TwoTowers, save
+from cacl.embedded import Trunk, TwoTowers, save
 from cacl.encoders import ScenesEncoder
 from cacl.transforms import normalize
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cacl._log import Record
-from cacl._processes import share, together, total_counts
+from cacl._support.distributed import all_reduce_counts, barrier, shard
 from cacl.cams import evaluate_cams
+from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
 from cacl.images import read_mask
+from cacl.log import Record
 from cacl.masks import evaluate_refined
-from cacl.metrics import BACKGROUND_SCORE, SCORES, ConfusionMatrix, mean_iou
+from cacl.metrics import SCORES, ConfusionMatrix, mean_iou
 from cacl.segment import evaluate_segmenter
 
 if TYPE_CHECKING:
@@ -100,11 +101,11 @@ def _segmenter(session: Session, dataset: Dataset) -> Record:
 def _predictions(session: Session, dataset: Dataset) -> Record:
     masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
-    with together():
-        for i in share(masked):
+    with barrier():
+        for i in shard(masked):
             made = read_mask(session.out / "predict" / "eval" / f"{dataset.entries[i].id}.png")
             matrix.update(dataset.mask(i).numpy(), made.numpy())
-    matrix.counts = total_counts(matrix.counts)
+    matrix.counts = all_reduce_counts(matrix.counts)
     crf = session.config.predict.iterations > 0
     return {"what": "DeepLabV2", "crf": crf, "images": len(masked), **_iou(matrix.iou, dataset.classes)}
 

@@ -18,22 +18,20 @@ import torch
 from torch import nn
 
 from cacl import scenes
-from cacl._checks import InputError
-from cacl._files import (
-    check_can_be_saved,
-    copied,
-    load_state,
-    load_weights,
-    read_json,
-    save_state,
-    write_json,
-    write_text,
-)
-from cacl._identity import UnknownError, identity
-from cacl._log import Callback, Log, Record, forget_costs, measured
-from cacl._pool import usable_cores
-from cacl._processes import by_turns, count, local_count, local_device, once, rank, together
 from cacl._scores import SCORED_ON, describe, is_sound, score
+from cacl._support.distributed import (
+    barrier,
+    local_device,
+    local_rank_zero_first,
+    local_world_size,
+    rank,
+    rank_zero,
+    world_size,
+)
+from cacl._support.files import read_json, write_json, write_text
+from cacl._support.identity import UnknownError, identity
+from cacl._support.pool import usable_cores
+from cacl._support.weights import check_can_be_saved, copied, load_state, load_weights, save_state
 from cacl.camnet import CAMNet
 from cacl.config import Config, Refined, Training
 from cacl.crf import check_backend
@@ -41,7 +39,9 @@ from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset, check, open_dataset
 from cacl.deeplab import DeepLabV2
 from cacl.encoders import ImageTextEncoder, load_encoder
+from cacl.errors import InputError
 from cacl.irn import IRNet
+from cacl.log import Callback, Log, Record, forget_costs, measured
 from cacl.losses import BGSuppressionLoss
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.training import Loop
@@ -78,7 +78,7 @@ class Session:
 
     @property
     def workers(self) -> int:
-        return min(self.config.run.workers, max(1, usable_cores() // local_count()))
+        return min(self.config.run.workers, max(1, usable_cores() // local_world_size()))
 
     @property
     def inference(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Session:
             data = self.config.data
             if data.format == "scenes":
                 drawn = self.config.scenes.model_dump()
-                once(partial(scenes.generate, data.root, **drawn, workers=self.workers))
+                rank_zero(partial(scenes.generate, data.root, **drawn, workers=self.workers))
             self.opened[split] = open_dataset(data.format, data.root, split)
         return self.opened[split]
 
@@ -119,13 +119,13 @@ class Session:
         """Of the data sets, with their masks, as this run found them."""
         datasets = {"train": self.train, "eval": self.eval, "segmented": self.segmented}
         found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        return once(lambda: {name: dataset.fingerprint(masks=True) for name, dataset in found.items()})
+        return rank_zero(lambda: {name: dataset.fingerprint(masks=True) for name, dataset in found.items()})
 
     @cached_property
     def encoder(self) -> ImageTextEncoder:
         encoder = self.given_encoder
         if encoder is None:
-            encoder = by_turns(lambda: load_encoder(self.config.encoder.name))
+            encoder = local_rank_zero_first(lambda: load_encoder(self.config.encoder.name))
         if isinstance(encoder, nn.Module):
             encoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return encoder
@@ -258,15 +258,15 @@ class Session:
 
     def prepare(self, stages: Sequence[str]) -> None:
         """Check settings and data before the first step, and write down the configuration."""
-        with together():
+        with barrier():
             _ = self.train, self.eval, self.segmented
         _ = self.fingerprints
         # Of rank 0: a file may have another time on another machine.
         named = STAGES[: 1 + max((STAGES.index(name) for name in stages), default=-1)]
-        self.keys |= once(lambda: {name: self.key(name) for name in named})
-        with together():
+        self.keys |= rank_zero(lambda: {name: self.key(name) for name in named})
+        with barrier():
             self._check_settings(stages)
-        once(self._check_data)
+        rank_zero(self._check_data)
 
     def _check_settings(self, stages: Sequence[str]) -> None:
         for before, name in pairwise(STAGES):
@@ -276,8 +276,8 @@ class Session:
         for name in ("warmup", "cacl", "irn", "segment"):
             table = getattr(self.config, name)
             self.loop(table)
-            if name in stages and table.batch_size < count():
-                wanted = f"at least 1 image for each of the {count()} processes"
+            if name in stages and table.batch_size < world_size():
+                wanted = f"at least 1 image for each of the {world_size()} processes"
                 raise InputError(f"[{name}] batch_size: expected {wanted}, but got {table.batch_size}")
         if "warmup" in stages and not self.finished("warmup"):
             self.net()
@@ -311,11 +311,11 @@ class Session:
     def do(self, name: str, body: Body, *, resume: bool) -> None:
         """One stage, unless it is finished, and its evaluation, unless that is known."""
         key, folder = self.key(name), self.out / name
-        state = once(lambda: self._begin(name, resume=resume))
+        state = rank_zero(lambda: self._begin(name, resume=resume))
         if not state.get("finished"):
             with measured(self.out / "times.json", name, again=not state) as cost:
                 body(self, folder, {"key": key, "log": self.log, "callback": self.callback})
-            once(lambda: self._end(name))
+            rank_zero(lambda: self._end(name))
             logger.info("%s: finished in %.0f s", name, cost["seconds"])
         self.evaluate(name)
 
@@ -403,10 +403,10 @@ class Session:
         split = self.config.segmented_split if role == "segmented" else getattr(self.config.data, role)
         settings = self.config.predict.longest if role == "segmented" else self.config.cams
         key = _hash(self.key(name), settings, split, self.fingerprints[role])
-        if once(lambda: self.metrics.get(name, {}).get("key") == key):
+        if rank_zero(lambda: self.metrics.get(name, {}).get("key") == key):
             return
         metrics = {**score(self, name, dataset), "split": split, "key": key}
-        once(lambda: self.keep_metrics(name, metrics))
+        rank_zero(lambda: self.keep_metrics(name, metrics))
         logger.info("%s", describe(name, metrics))
 
     @property

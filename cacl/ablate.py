@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cacl import pipeline
-from cacl._checks import InputError, check_choice, check_positive
-from cacl._files import locked, read_json, write_json, write_text
-from cacl._log import Callback, Log
-from cacl._processes import joined, local_device, once, together
 from cacl._session import Session
+from cacl._support.checks import check_choice, check_positive
+from cacl._support.distributed import barrier, local_device, process_group, rank_zero
+from cacl._support.files import locked, read_json, write_json, write_text
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
+from cacl.errors import InputError
+from cacl.log import Callback, Log
 from cacl.prompts import DEFAULT_TEMPLATES
 
 logger = logging.getLogger("cacl")
@@ -85,7 +86,10 @@ def run(
     check_positive("seeds", seeds)
     for table in tables:
         check_choice("tables", table, TABLES)
-    with joined(local_device(config.run.device, "[run] device"), config.run.timeout_seconds), locked(config.run.out):
+    with (
+        process_group(local_device(config.run.device, "[run] device"), config.run.timeout_seconds),
+        locked(config.run.out),
+    ):
         return _run(config, tables, seeds, {"encoder": encoder, "backbone": backbone, "callback": callback})
 
 
@@ -96,7 +100,7 @@ def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str,
     changed = {name: config.changed(v.changes) for rows in wanted.values() for v, name in rows}
     scores: dict[str, list[Score]] = {name: [] for name in changed}
     starts: list[Score] = []
-    with together():
+    with barrier():
         own = arguments["encoder"], arguments["backbone"]
         if Session(config, *own, None).eval is None:
             raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
@@ -107,17 +111,19 @@ def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str,
         folder = out / f"seed-{seed}"
         start = folder / "start"
         warmup = pipeline.run(config.changed({"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
-        starts.append(once(partial(_score, warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size)))
+        starts.append(rank_zero(partial(_score, warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size)))
         for number, (name, variant) in enumerate(changed.items(), start=1):
             logger.info("ablate: seed %d, %s (%d of %d)", seed, name, number, len(changed))
-            once(partial(_fork, start, folder / name))
+            rank_zero(partial(_fork, start, folder / name))
             changed_run = variant.changed({"run": {"out": folder / name, "seed": seed}})
             result = pipeline.run(changed_run, stages=["warmup", "cacl"], **arguments)
             score = partial(_score, result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size)
-            scores[name].append(once(score))
+            scores[name].append(rank_zero(score))
             for table, rows in wanted.items():
                 lines = [(v, scores[own_folder]) for v, own_folder in rows]
-                once(partial(_write, out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"]))
+                rank_zero(
+                    partial(_write, out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"])
+                )
     return [out / f"table-{table}.md" for table in tables]
 
 

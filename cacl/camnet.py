@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._backbones import named_backbone
-from cacl._checks import InputTypeError, check_choice, check_positive, check_tensor, expected, shape
+from cacl._support.checks import check_choice, check_positive, check_tensor, shape
+from cacl._support.weights import evaluating
+from cacl.backbones import named_backbone
+from cacl.errors import InputTypeError, expected
 
 
 class CAMOutput(NamedTuple):
@@ -133,15 +134,3 @@ class CAMNet(nn.Module):
         trunk = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
         head = list(self.classifier.parameters())
         return [{"params": trunk, "lr": lr}, {"params": head, "lr": lr * head_factor}]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every submodule's own mode put back afterwards."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from cacl._checks import InputError, expected, first_line
-from cacl._files import check_inflated, replacing
-from cacl._log import watched
-from cacl._pool import leave_signals, loaded, naming_dead_loaders
-from cacl._processes import once, share, together, total_counts
+from cacl._support.distributed import all_reduce_counts, barrier, rank_zero, shard
+from cacl._support.files import replacing
+from cacl._support.pool import leave_signals, loaded, naming_dead_loaders
+from cacl._support.progress import watched
+from cacl._support.weights import check_inflated
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import Dataset
+from cacl.errors import InputError, expected, first_line
 from cacl.metrics import SCORES, Sweep, count_scores, sweep_of
 from cacl.training import Batch, Loop, train
 from cacl.transforms import normalize
@@ -148,7 +149,7 @@ def make_cams(
         keep: leave out images that have a file already.
         progress: show a progress bar where there is a terminal.
     """
-    with together(), naming_dead_loaders():
+    with barrier(), naming_dead_loaders():
         for index, cams in predict_cams(
             net, dataset, to_make(dataset, out, ".npz", keep=keep),
             scales=scales, flip=flip, device=device, workers=workers, progress=progress,
@@ -162,7 +163,7 @@ def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int
     def missing() -> list[int]:
         return [i for i, entry in enumerate(dataset.entries) if not (out / f"{entry.id}{ending}").is_file()]
 
-    return list(share(once(missing) if keep else range(len(dataset))))
+    return list(shard(rank_zero(missing) if keep else range(len(dataset))))
 
 
 def save_cams(path: Path, cams: ImageCAMs) -> None:
@@ -231,7 +232,7 @@ def evaluate_cams(
     masked = dataset.masked
     if not masked:
         raise expected("dataset", "images with masks", "none with one")
-    num_classes, mine = len(dataset.classes), share(masked)
+    num_classes, mine = len(dataset.classes), shard(masked)
     if isinstance(source, CAMNet):
         predictions = predict_cams(
             source, dataset, mine, scales=scales, flip=flip, device=device, workers=workers, progress=progress,
@@ -246,9 +247,9 @@ def evaluate_cams(
             mask = dataset.mask(index).numpy()
             yield mask, cams.classes, cams.resized(mask.shape)
 
-    with together(), naming_dead_loaders():
+    with barrier(), naming_dead_loaders():
         joint, images = count_scores(samples(), num_classes, scores=scores)
-    counts = total_counts(np.append(joint.reshape(-1), images))
+    counts = all_reduce_counts(np.append(joint.reshape(-1), images))
     return sweep_of(counts[:-1].reshape(joint.shape), int(counts[-1]), scores)
 
 

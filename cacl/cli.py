@@ -15,8 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import cacl
-from cacl._checks import InputError, NotFiniteError, shown
-from cacl._processes import ElsewhereError, is_first
+from cacl._support.distributed import is_first
+from cacl.errors import ElsewhereError, InputError, NotFiniteError, shown
 
 if TYPE_CHECKING:
     from cacl.config import Config

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from cacl._checks import InputError, did_you_mean, quoted, shown
+from cacl.errors import InputError, did_you_mean, quoted, shown
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 PRESETS = ("voc", "coco", "scenes")

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._checks import InputError, InputTypeError, check_choice, check_integer, check_range, expected
-from cacl._lattice import GaussianFilter
+from cacl._support.checks import check_choice, check_integer, check_range
+from cacl._support.permutohedral import GaussianFilter
+from cacl.errors import InputError, InputTypeError, expected
 
 Backend = Literal["auto", "pydensecrf", "torch"]
 _SMALLEST = 1e-5

@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputTypeError, check_choice, check_range, check_tensor, check_words, expected, shape
-from cacl._features import cosine, full, reduced
-from cacl._processes import count
-from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD, ImageTextEncoder
+from cacl._support.checks import check_choice, check_range, check_tensor, check_words, shape
+from cacl._support.distributed import world_size
+from cacl._support.features import cosine, full, reduced
+from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
+from cacl.encoders import ImageTextEncoder
+from cacl.errors import InputTypeError, expected
 from cacl.losses import BGSuppressionLoss, ITCLoss, RegionLoss
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.regions import resize, split_regions
@@ -141,7 +143,7 @@ class CACLLoss(nn.Module):
             )
         if labels.ndim != 2 or labels.shape[1] != len(self.names):
             raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
-        across = self.training and count() > 1
+        across = self.training and world_size() > 1
         region = self.region(cams, across=across)
         size = self.encoder.image_size
         small = resize(images, size) * self._scale + self._shift

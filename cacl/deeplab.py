@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._backbones import named_backbone
-from cacl._checks import InputTypeError, check_positive, check_tensor, expected, shape
-from cacl._features import full
-from cacl._processes import count, total
-from cacl.camnet import evaluating
-from cacl.metrics import IGNORE
+from cacl._support.checks import check_positive, check_tensor, shape
+from cacl._support.distributed import all_reduce_sum, world_size
+from cacl._support.features import full
+from cacl._support.weights import evaluating
+from cacl.backbones import named_backbone
+from cacl.constants import IGNORE
+from cacl.errors import InputTypeError, expected
 
 RATES = (6, 12, 18, 24)
 """Dilations of the four 3×3 convolutions on the trunk's features."""
@@ -170,9 +171,9 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
             terms.append(F.cross_entropy(full(values), target, ignore_index=IGNORE, reduction="sum"))
         counts.append((target != IGNORE).sum())
     valid = torch.stack(counts)
-    if across and count() > 1:
-        valid = total(valid) / count()
-    return (torch.stack(terms) / valid.clamp(min=1 / count() if across else 1)).sum()
+    if across and world_size() > 1:
+        valid = all_reduce_sum(valid) / world_size()
+    return (torch.stack(terms) / valid.clamp(min=1 / world_size() if across else 1)).sum()
 
 
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,15 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputError, check_weights, did_you_mean, first_line
-from cacl._files import check_inflated
-from cacl._small import TwoTowers, load_towers
-from cacl._torchscript import is_torchscript, read_torchscript
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from cacl._support.torchscript import is_torchscript, read_torchscript
+from cacl._support.weights import check_inflated, check_weights
+from cacl.constants import CLIP_MEAN, CLIP_STD
+from cacl.embedded import TwoTowers, load_towers
+from cacl.errors import InputError, did_you_mean, first_line
 
 
 @runtime_checkable

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from cacl._checks import InputError, expected, first_line
-from cacl._files import copied, replacing
+from cacl._support.files import replacing
+from cacl._support.weights import copied
+from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.deeplab import DeepLabV2, probabilities
-from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
+from cacl.errors import InputError, expected, first_line
 from cacl.segment import Segmenter
 
 SMALLEST = 32

@@ -11,10 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from cacl._checks import InputError, first_line, shown
+from cacl.errors import InputError, first_line, shown
+
+Pixels = NDArray[np.uint8]
+"""A picture, ``(H, W, 3)``."""
+Mask = NDArray[np.uint8]
+"""``(H, W)``: 0 background, k the k-th class from 1 on, 255 ignored."""
 
 _FILTERS = threading.Lock()
 """Warning filters are the whole process's: threads that change them for a moment do so one after the other."""

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._backbones import named_backbone
-from cacl._checks import InputError, InputTypeError, check_positive, check_range, check_tensor, expected, shape
-from cacl._processes import count, total
-from cacl.camnet import evaluating
+from cacl._support.checks import check_positive, check_range, check_tensor, shape
+from cacl._support.distributed import all_reduce_sum, world_size
+from cacl._support.weights import evaluating
+from cacl.backbones import named_backbone
+from cacl.constants import IGNORE
 from cacl.crf import Backend, DenseCRF
-from cacl.metrics import IGNORE
+from cacl.errors import InputError, InputTypeError, expected
 from cacl.random_walk import Offset, along_paths
 
 
@@ -260,8 +261,8 @@ def affinity_loss(
             of_offset, seen = _PairTerms.apply(largest, displacements, labels, offset)
             sums, counts = sums + of_offset, counts + seen
         least = 1.0
-        if across and count() > 1:
-            counts, least = total(counts) / count(), 1 / count()
+        if across and world_size() > 1:
+            counts, least = all_reduce_sum(counts) / world_size(), 1 / world_size()
         means = sums / torch.cat((counts, counts[:2])).clamp(min=least)
         background, foreground, negative, flat, pointed = means.unbind()
         whole = (background / 2 + foreground / 2 + negative) / 2 + (flat + pointed) / 2

@@ -7,18 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import (
-    InputTypeError,
-    check_choice,
-    check_classes,
-    check_range,
-    check_same_shape,
-    check_tensor,
-    expected,
-    shape,
-)
-from cacl._features import REDUCTIONS, Reduction, cosine, full, reduced
-from cacl._processes import count, gathered_rows, total
+from cacl._support.checks import check_choice, check_classes, check_range, check_same_shape, check_tensor, shape
+from cacl._support.distributed import all_reduce_sum, gather_rows, world_size
+from cacl._support.features import cosine, full, reduced
+from cacl.constants import REDUCTIONS, Reduction
+from cacl.errors import InputTypeError, expected
 
 ThresholdMode = Literal["soft", "quantile", "fixed"]
 
@@ -230,9 +223,9 @@ class BGSuppressionLoss(nn.Module):
         similarity, real = _similarity(foreground, background_text)
         similarity = similarity.masked_fill(~real, float("nan"))
         if across:
-            similarity = gathered_rows(similarity)
+            similarity = gather_rows(similarity)
             if classes is not None and self.num_classes is not None:
-                classes = gathered_rows(classes)
+                classes = gather_rows(classes)
         if similarity.numel() == 0:
             return
         seen = similarity[None]  # (1, N, Q)
@@ -304,9 +297,9 @@ def _suppress(
     similarity, real = _similarity(foreground, background_text)
     passing = (similarity >= threshold) & real
     passed, prompts = passing.sum(), real.sum()
-    processes = count() if across else 1
+    processes = world_size() if across else 1
     if processes > 1:
-        passed, prompts = total(torch.stack((passed, prompts)).to(similarity.dtype)) / processes
+        passed, prompts = all_reduce_sum(torch.stack((passed, prompts)).to(similarity.dtype)) / processes
     prompts = prompts.clamp(min=1 / processes)
     loss = -torch.log1p(-_below_one(similarity) * passing).sum(-1)
     if reduction != "none":

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._checks import InputError, check_range
-from cacl._files import replacing
-from cacl._log import watched
-from cacl._pool import map_processes, naming_dead_loaders
-from cacl._processes import share, together, total_counts
+from cacl._support.checks import check_range
+from cacl._support.distributed import all_reduce_counts, barrier, shard
+from cacl._support.files import replacing
+from cacl._support.pool import map_processes, naming_dead_loaders
+from cacl._support.progress import watched
 from cacl.cams import ImageCAMs, load_cams, load_images, save_cams, sgd, to_make
 from cacl.datasets import Dataset
+from cacl.errors import InputError
 from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
 from cacl.metrics import ConfusionMatrix
 from cacl.pictures import palette
@@ -64,7 +65,7 @@ def make_labels(
     wanted = to_make(dataset, out, ".png", keep=keep)
     scores = {"foreground_score": foreground_score, "background_score": background_score}
     task = _Mining(dataset, cams, out, {**scores, **(crf or {})})
-    with together():
+    with barrier():
         for _ in _watched(task, wanted, workers, title, progress):
             pass
 
@@ -147,7 +148,7 @@ def walk_cams(
     check_range("power", power, 0.01, 100)
     wanted = to_make(dataset, out, ".npz", keep=keep)
     images = load_images(dataset, wanted, workers, pinned=torch.device(device).type == "cuda")
-    with together(), naming_dead_loaders():
+    with barrier(), naming_dead_loaders():
         for index, image in watched(images, total=len(wanted), desc="random walk", progress=progress):
             seeds = _cams(dataset, cams, index)
             photo = image[None].to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -241,10 +242,10 @@ def evaluate_refined(dataset: Dataset, cams: Path, **settings: Any) -> tuple[Con
     """
     masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
-    with together():
-        for index, mask in refine_cams(dataset, cams, share(masked), **settings):
+    with barrier():
+        for index, mask in refine_cams(dataset, cams, shard(masked), **settings):
             matrix.update(dataset.mask(index).numpy(), mask)
-    matrix.counts = total_counts(matrix.counts)
+    matrix.counts = all_reduce_counts(matrix.counts)
     return matrix, len(masked)
 
 

@@ -8,12 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cacl._checks import InputError, expected
+from cacl.constants import IGNORE
+from cacl.errors import InputError, expected
 
-IGNORE = 255
-"""Mask value of pixels that no loss and no metric looks at."""
-BACKGROUND_SCORE = 0.15
-"""The fixed background score of the reported numbers."""
 SCORES = tuple(round(0.01 * i, 2) for i in range(61))
 """The background scores of the sweep: 0.00, 0.01, … 0.60."""
 

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cacl.metrics import BACKGROUND_SCORE, IGNORE
-
-Pixels = NDArray[np.uint8]
+from cacl.constants import BACKGROUND_SCORE, IGNORE
+from cacl.images import Mask, Pixels
 
 
 def palette(size: int = 256) -> Pixels:
@@ -78,13 +77,11 @@ def _enlarged(picture: Pixels, least: int = 240) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST)
 
 
-def threshold(
-    classes: NDArray[np.int64], maps: NDArray[np.float32], score: float = BACKGROUND_SCORE
-) -> NDArray[np.int64]:
+def threshold(classes: NDArray[np.int64], maps: NDArray[np.float32], score: float = BACKGROUND_SCORE) -> Mask:
     """``(C, H, W)`` CAMs of ``classes`` -> ``(H, W)``: the class + 1 of the largest above ``score``, or else 0."""
     if not len(classes):
-        return np.zeros(maps.shape[1:], dtype=np.int64)
-    return np.where(maps.max(0) > score, classes[maps.argmax(0)] + 1, 0)
+        return np.zeros(maps.shape[1:], dtype=np.uint8)
+    return np.where(maps.max(0) > score, classes[maps.argmax(0)] + 1, 0).astype(np.uint8)
 
 
 def sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Pixels]]], *, height: int = 160) -> Image.Image:

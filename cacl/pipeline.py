@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from cacl._checks import check_choice
-from cacl._files import locked, read_json
-from cacl._log import Callback
-from cacl._processes import joined, local_device, once, rank
 from cacl._scores import describe
 from cacl._session import STAGES, Body, Session
+from cacl._support.checks import check_choice
+from cacl._support.distributed import local_device, process_group, rank, rank_zero
+from cacl._support.files import locked, read_json
 from cacl.cams import make_cams, train_cacl, train_classifier
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
+from cacl.log import Callback
 from cacl.masks import make_labels, make_masks, train_irnet, walk_cams
 from cacl.report import write_report
 from cacl.segment import make_predictions, save_segmenter, train_segmenter
@@ -89,13 +89,13 @@ def run(
     for stage in wanted:
         check_choice("stages", stage, STAGES)
     device = local_device(config.run.device, "[run] device")
-    with joined(device, config.run.timeout_seconds), locked(config.run.out):
+    with process_group(device, config.run.timeout_seconds), locked(config.run.out):
         session = Session(config, encoder, backbone, callback)
         session.prepare(wanted)
         for name in STAGES:
             if name in wanted:
                 session.do(name, _BODIES[name], resume=resume)
-        return Result(config.run.out, once(lambda: session.metrics))
+        return Result(config.run.out, rank_zero(lambda: session.metrics))
 
 
 def plan(config: Config, stages: Sequence[str] | None = None, *, resume: bool = True) -> list[str]:
@@ -235,7 +235,7 @@ def _predict(session: Session, folder: Path, run: dict[str, Any]) -> None:
 
 
 def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    once(lambda: write_report(session, folder))
+    rank_zero(lambda: write_report(session, folder))
 
 
 _BODIES: dict[str, Body] = {

@@ -13,15 +13,16 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from cacl._checks import InputError, shown
-from cacl._device import find_device
-from cacl._files import read_json, replacing
-from cacl._pool import usable_cores
+from cacl._support.distributed import find_device
+from cacl._support.files import read_json, replacing
+from cacl._support.pool import usable_cores
 from cacl.config import Config, Predict
 from cacl.crf import Backend, check_backend
+from cacl.errors import InputError, shown
+from cacl.images import Mask, Pixels
 from cacl.masks import save_mask
-from cacl.pictures import Pixels, legend, overlay
-from cacl.segment import Mask, Segmenter, load_segmenter, segment_photos
+from cacl.pictures import legend, overlay
+from cacl.segment import Segmenter, load_segmenter, segment_photos
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files of a folder that count as photos; a file that is named itself may end in anything."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from cacl._checks import InputError, InputTypeError, check_positive, check_words, did_you_mean, expected
-from cacl._features import unit
+from cacl._support.checks import check_positive, check_words
+from cacl._support.features import unit
+from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
 if TYPE_CHECKING:
     from cacl.encoders import ImageTextEncoder

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._checks import check_integer, check_positive, check_range, check_tensor, expected, shape
+from cacl._support.checks import check_integer, check_positive, check_range, check_tensor, shape
+from cacl.errors import expected
 
 Offset = tuple[int, int]
 """(dy, dx) in pixels, down and to the right."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._checks import InputTypeError, check_positive, check_tensor, expected, shape
+from cacl._support.checks import check_positive, check_tensor, shape
+from cacl.errors import InputTypeError, expected
 
 
 class Regions(NamedTuple):

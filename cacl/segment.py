@@ -16,20 +16,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as views
 
-from cacl._checks import InputError, check_integer
-from cacl._files import load_state, load_weights, save_state
-from cacl._log import watched
-from cacl._pool import can_be_sent, leave_signals, loaded, map_processes, naming_dead_loaders
-from cacl._processes import share, together, total_counts
-from cacl.camnet import evaluating
+from cacl._support.checks import check_integer
+from cacl._support.distributed import all_reduce_counts, barrier, shard
+from cacl._support.pool import can_be_sent, leave_signals, loaded, map_processes, naming_dead_loaders
+from cacl._support.progress import watched
+from cacl._support.weights import evaluating, load_state, load_weights, save_state
 from cacl.cams import sgd, to_make
+from cacl.constants import IGNORE
 from cacl.crf import DenseCRF
 from cacl.datasets import Dataset
 from cacl.deeplab import DeepLabV2, probabilities, segmentation_loss
-from cacl.images import read_image
+from cacl.errors import InputError
+from cacl.images import Mask, Pixels, read_image
 from cacl.masks import save_mask
-from cacl.metrics import IGNORE, ConfusionMatrix
-from cacl.pictures import Pixels
+from cacl.metrics import ConfusionMatrix
 from cacl.training import Batch, Loop, train
 from cacl.transforms import normalize
 
@@ -37,7 +37,6 @@ logger = logging.getLogger("cacl")
 
 R = TypeVar("R")
 T = TypeVar("T")
-Mask = NDArray[np.uint8]
 
 LONGEST = 1024
 """Longer side in pixels of what the network and the CRF see by default."""
@@ -206,7 +205,7 @@ def make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, *, keep: bool 
     wanted = to_make(dataset, out, ".png", keep=keep)
     paths = [out / f"{dataset.entries[i].id}.png" for i in wanted]
     photos = [dataset.entries[i].image for i in wanted]
-    with together(), naming_dead_loaders():
+    with barrier(), naming_dead_loaders():
         for _, result in segment_photos(net, photos, _Saving(paths), **settings):
             if isinstance(result, InputError):
                 raise result
@@ -218,15 +217,15 @@ def evaluate_segmenter(net: DeepLabV2, dataset: Dataset, **settings: Any) -> tup
     Shared out over processes as :func:`cacl.cams.make_cams` is.
     """
     masked = dataset.masked
-    mine = list(share(masked))
+    mine = list(shard(masked))
     matrix = ConfusionMatrix(len(dataset.classes))
     photos = [dataset.entries[i].image for i in mine]
-    with together(), naming_dead_loaders():
+    with barrier(), naming_dead_loaders():
         for _, counts in segment_photos(net, photos, _Counting(dataset, mine), desc="evaluate", **settings):
             if isinstance(counts, InputError):
                 raise counts
             matrix.counts += counts
-    matrix.counts = total_counts(matrix.counts)
+    matrix.counts = all_reduce_counts(matrix.counts)
     return matrix, len(masked)
 
 

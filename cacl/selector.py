@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._checks import InputTypeError, check_choice, check_classes, check_tensor, expected, shape
-from cacl._features import cosine, unit
-from cacl._processes import total
+from cacl._support.checks import check_choice, check_classes, check_tensor, shape
+from cacl._support.distributed import all_reduce_sum
+from cacl._support.features import cosine, unit
+from cacl.errors import InputTypeError, expected
 
 
 class Selection(NamedTuple):
@@ -85,7 +86,7 @@ class ContextSelector(nn.Module):
         if self.training:
             cell = classes * self.counts.shape[1] + index
             chosen = torch.zeros_like(self.counts).view(-1).scatter_add_(0, cell, torch.ones_like(index))
-            self.counts += (total(chosen) if across else chosen).view_as(self.counts)
+            self.counts += (all_reduce_sum(chosen) if across else chosen).view_as(self.counts)
         pair = torch.arange(len(index), device=index.device)
         return Selection(prompts[pair, index], index, similarity[pair, index])
 

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cacl._checks import InputError, NotFiniteError, check_choice, expected, first_line
-from cacl._files import load_state, load_weights, save_state
-from cacl._log import Callback, Log, Record, watched
-from cacl._pool import leave_signals, loaded, naming_dead_loaders
-from cacl._processes import count, gathered, once, rank, together, total
-from cacl._signals import Interrupts
+from cacl._support.checkpoint import restore
+from cacl._support.checks import check_choice
+from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
+from cacl._support.pending import Pending, short
+from cacl._support.pool import leave_signals, loaded, naming_dead_loaders
+from cacl._support.progress import watched
+from cacl._support.signals import Interrupts
+from cacl._support.weights import save_state
 from cacl.datasets import Dataset
+from cacl.errors import InputError, NotFiniteError, expected
+from cacl.log import Callback, Log, Record
 from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
@@ -128,21 +131,21 @@ def train(
             a batch; names the file.
         ChildProcessError: if a process that loads images dies.
     """
-    if loop.batch_size < count():
-        raise expected("batch_size", f"at least 1 image for each of the {count()} processes", loop.batch_size)
+    if loop.batch_size < world_size():
+        raise expected("batch_size", f"at least 1 image for each of the {world_size()} processes", loop.batch_size)
     device = torch.device(loop.device)
     steps = loop.steps(len(dataset))
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    with together():
-        start = _restore(checkpoint, key, modules, optimizer, scaler)
-    if len(set(gathered(start))) > 1:
+    with barrier():
+        start = restore(checkpoint, key, modules, optimizer, scaler)
+    if len(set(gather(start))) > 1:
         raise InputError(
             f"{checkpoint}: expected a file system that all processes see, but they found other steps in it"
         )
-    once(lambda: log.rewind(name, start) if log is not None else None)
-    run = step if count() == 1 else _distributed(step, modules, device)
+    rank_zero(lambda: log.rewind(name, start) if log is not None else None)
+    run = step if world_size() == 1 else _distributed(step, modules, device)
 
     def finite() -> bool:
         values = (value for module in modules.values() for value in module.state_dict().values())
@@ -164,7 +167,7 @@ def train(
 
     batches = _batches(dataset, loop, start, steps)
     bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
-    pending = _Pending(name, emit)
+    pending = Pending(name, emit)
     saved = clock = time.monotonic()
     dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -185,12 +188,12 @@ def train(
                 "stage": name,
                 "step": number + 1,
                 "epoch": round((number + 1) * loop.batch_size / len(dataset), 4),
-                "lr": _short(optimizer.param_groups[0]["lr"]),
-                "images_per_second": _short(loop.batch_size / max(now - clock, 1e-9)),
+                "lr": short(optimizer.param_groups[0]["lr"]),
+                "images_per_second": short(loop.batch_size / max(now - clock, 1e-9)),
             }
             clock = now
             pending.add(record, _ids(dataset, loop, number), terms, interrupts.came)
-            stopping = pending.due(pending.stop, number + 1) or (count() == 1 and interrupts.came)
+            stopping = pending.due(pending.stop, number + 1) or (world_size() == 1 and interrupts.came)
             if stopping or now - saved > loop.checkpoint_seconds:
                 pending.flush()
                 if pending.failed is None:
@@ -204,78 +207,15 @@ def train(
         pending.flush()
         if pending.failed is not None:
             raise pending.failure
-        if start < steps and not all(gathered(finite())):  # after the last update there is no loss that shows it
+        if start < steps and not all(gather(finite())):  # after the last update there is no loss that shows it
             raise NotFiniteError(
                 f"{name}: the weights are not finite after step {steps}; the last good checkpoint is kept. A lower "
                 "learning rate may help."
             )
         if start < steps:
             save(steps)
-        if any(gathered(interrupts.came)):  # in the last steps
+        if any(gather(interrupts.came)):  # in the last steps
             interrupts.take_effect()
-
-
-class _Pending:
-    """Values on their way from the device: looked at when they have come, so that no step waits for them.
-
-    They are the mean over all processes. With them travels whether one of these was asked to stop: ``stop`` is the
-    number of steps after which all do, ``failed`` that after which all raise ``failure``. Where values come late, the
-    processes see these at different steps, but all of them before that one.
-    """
-
-    def __init__(self, name: str, emit: Callback, patience: int = 8) -> None:
-        self.name, self.emit, self.patience = name, emit, patience
-        self.stop: int | None = None
-        self.failed: int | None = None
-        self.failure = NotFiniteError()
-        self.queue: deque[
-            tuple[Record, Callable[[], list[str]], list[tuple[str, int]], Tensor, torch.cuda.Event | None]
-        ] = deque()
-
-    def add(self, record: Record, ids: Callable[[], list[str]], terms: Mapping[str, Tensor], stopping: bool) -> None:
-        asked = torch.full((1,), float(stopping), device=terms["loss"].device)
-        flat = total(torch.cat([asked, *(value.detach().float().reshape(-1) for value in terms.values())]))
-        event = None
-        if flat.is_cuda:
-            stream = torch.cuda.current_stream(flat.device)
-            flat = flat.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        # One number stays a number, several become a list.
-        sizes = [(key, value.numel() if value.ndim else 0) for key, value in terms.items()]
-        self.queue.append((record, ids, sizes, flat, event))
-        while self.queue and (len(self.queue) > self.patience or self._arrived()):
-            self._pop()
-
-    def flush(self) -> None:
-        while self.queue:
-            self._pop()
-
-    def _arrived(self) -> bool:
-        event = self.queue[0][-1]
-        return event is None or bool(event.query())  # type: ignore[no-untyped-call]
-
-    def _pop(self) -> None:
-        record, ids, sizes, flat, event = self.queue.popleft()
-        if event is not None:
-            event.synchronize()
-        values = iter((flat / count()).tolist())
-        seen_by_all = record["step"] + (0 if event is None or count() == 1 else self.patience + 1)
-        if next(values) > 0 and self.stop is None:
-            self.stop = seen_by_all
-        for key, size in sizes:
-            record[key] = [_short(next(values)) for _ in range(size)] if size else _short(next(values))
-        if not math.isfinite(record["loss"]) and self.failed is None:
-            self.failed = seen_by_all
-            self.failure = NotFiniteError(
-                f"{self.name}: the loss is {record['loss']} at step {record['step']} (images {', '.join(ids())}); "
-                "the last good checkpoint is kept. A lower learning rate may help."
-            )
-        if self.failed is None:
-            self.emit(record)
-
-    def due(self, when: int | None, steps: int) -> bool:
-        return when is not None and steps >= when
 
 
 class _Whole(nn.Module):
@@ -345,7 +285,7 @@ def _batches(dataset: Dataset, loop: Loop, start: int, steps: int) -> Iterator[B
     device = torch.device(loop.device)
     loader = DataLoader(
         _Views(dataset, loop),
-        batch_sampler=(keys[rank() :: count()] for keys in _order(len(dataset), loop, start, steps)),
+        batch_sampler=(keys[rank() :: world_size()] for keys in _order(len(dataset), loop, start, steps)),
         num_workers=loop.workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -356,7 +296,7 @@ def _batches(dataset: Dataset, loop: Loop, start: int, steps: int) -> Iterator[B
         if isinstance(batch, InputError):
             raise batch
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield batch._replace(images=images, share=len(batch.ids) * count() / loop.batch_size)
+        yield batch._replace(images=images, share=len(batch.ids) * world_size() / loop.batch_size)
 
 
 def _collate(samples: Sequence[Any]) -> Batch | InputError:
@@ -372,43 +312,9 @@ def _collate(samples: Sequence[Any]) -> Batch | InputError:
     )
 
 
-def _restore(
-    path: Path | None,
-    key: str,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Load a checkpoint of this run, if there is one; the number of steps done."""
-    if path is None or not path.is_file():
-        return 0
-    state = load_state(path)
-    if state.get("key") != key:
-        return 0
-    try:
-        for name, module in modules.items():
-            load_weights(module, state["modules"][name], path)
-        fused = [group.get("fused") for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # the device may be another than before
-        scaler.load_state_dict(state["scaler"])
-        step = int(state["step"])
-    except InputError:
-        raise
-    except Exception as error:  # torch raises many kinds
-        raise InputError(f"{path}: not a checkpoint of this stage: {first_line(error)}") from None
-    logger.info("going on from step %d of %s", step, path)
-    return step
-
-
 def _mix(*parts: object) -> int:
     """A seed that depends on all the parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 _SCHEDULES: Mapping[str, Callable[[float], float]] = {

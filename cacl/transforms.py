@@ -7,9 +7,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from cacl._checks import check_positive, check_range
-from cacl.encoders import IMAGENET_MEAN, IMAGENET_STD
-from cacl.metrics import IGNORE
+from cacl._support.checks import check_positive, check_range
+from cacl.constants import IGNORE, IMAGENET_MEAN, IMAGENET_STD
 
 
 def normalize(image: Tensor, *, out: Tensor | None = None) -> Tensor:

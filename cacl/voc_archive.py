@@ -15,14 +15,15 @@ from typing import IO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
-from cacl._checks import InputError, check_choice, expected, shown
-from cacl._files import replacing
-from cacl._listing import VOC_CLASSES
-from cacl._pool import usable_cores
+from cacl._support.checks import check_choice
+from cacl._support.files import replacing
+from cacl._support.pool import usable_cores
+from cacl._support.progress import watched
+from cacl.constants import IGNORE
+from cacl.datasets.listing import VOC_CLASSES
+from cacl.errors import InputError, expected, shown
 from cacl.images import open_image
-from cacl.metrics import IGNORE
 from cacl.pictures import palette
 
 
@@ -69,8 +70,7 @@ def export_voc(
 
     digests = []
     with ThreadPoolExecutor(usable_cores() + 4) as pool:  # decoding releases the interpreter's lock
-        hidden = None if progress else True
-        for found, digest in tqdm(pool.map(check, ids), "export-voc", len(ids), unit="image", disable=hidden):
+        for found, digest in watched(pool.map(check, ids), total=len(ids), desc="export-voc", progress=progress):
             problems += found
             digests.append(digest)
     known = {f"{id}.png" for id in ids}

@@ -22,8 +22,8 @@ from cacl import (
     split_regions,
 )
 from cacl.cams import evaluate_cams, make_cams, train_classifier
+from cacl.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cacl.datasets import VOC
-from cacl.encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cacl.training import Batch, Log, Loop, train
 from cacl.transforms import RandomView
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, CAMNet
-from cacl._processes import count, joined, rank
+from cacl._support.distributed import process_group, rank, world_size
 from cacl.cams import train_cacl, train_classifier
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
@@ -57,7 +57,7 @@ def training(name: str, data: Path) -> dict[str, object]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients.append({i: p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None})
 
-    pairs = [sum(len(dataset.entries[i].labels) for _, i in keys[rank() :: count()])
+    pairs = [sum(len(dataset.entries[i].labels) for _, i in keys[rank() :: world_size()])
              for keys in _order(len(dataset), loop, 0, loop.steps(len(dataset)))]  # fmt: skip
     hook = register_optimizer_step_pre_hook(keep)
     modules: list[nn.Module]
@@ -95,6 +95,6 @@ NAMES = ("warmup", "cacl-fixed", "cacl-soft", "cacl-quantile", "irn", "segment")
 
 if __name__ == "__main__":
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
-    with joined(torch.device("cpu"), 60):
+    with process_group(torch.device("cpu"), 60):
         results = {name: training(name, data) for name in NAMES}
-        torch.save(results, out / f"{count()}-{rank()}.pt")
+        torch.save(results, out / f"{world_size()}-{rank()}.pt")

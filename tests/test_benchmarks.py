@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from cacl import BackgroundSet, PromptSet
-from cacl.datasets import COCO, check_folder, read_image
+from cacl.datasets import COCO, check_folder
+from cacl.images import read_image
 from cacl.transforms import RandomView
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cacl import BackgroundSet, _coco, _json_stream
-from cacl._checks import InputError
-from cacl._json_stream import JSONStream
-from cacl._listing import Entries, Entry
+from cacl import BackgroundSet
 from cacl.datasets import COCO, Dataset, check, check_folder, open_dataset
+from cacl.datasets import json_stream as _json_stream
+from cacl.datasets.entries import Entries, Entry
+from cacl.datasets.json_stream import JSONStream
+from cacl.datasets.rle import uncompressed
+from cacl.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
@@ -625,4 +627,4 @@ def test_counts_are_read_as_pycocotools_writes_them():
     rng = np.random.default_rng(0)
     for density in (0.02, 0.5, 0.98):
         region = (rng.random((HEIGHT, WIDTH)) < density).astype(np.int64)
-        assert _coco._uncompressed(compressed(region)["counts"]) == rle(region)["counts"]
+        assert uncompressed(compressed(region)["counts"]) == rle(region)["counts"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 
 from cacl import CAMNet
-from cacl._files import load_weights
+from cacl._support.weights import load_weights
 from cacl.deeplab import DeepLabV2
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -32,12 +32,12 @@ from PIL import Image
 
 import cacl
 from cacl import BackgroundSet, CACLLoss, CAMNet, ablate, cli, load_encoder, pipeline
-from cacl._chart import check_report
-from cacl._processes import _reported
+from cacl._support.distributed import _reported
 from cacl.cams import evaluate_cams, load_images
 from cacl.config import Config, Training
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
+from cacl.figures.style import check_report
 from cacl.irn import IRNet
 from cacl.pictures import palette
 from cacl.scenes import generate
@@ -335,7 +335,7 @@ def mistakes(place: Path):
         pipeline.run(LOAD("config.toml", settings), stages=["warmup"])
 
     def dying():
-        from cacl._pool import map_processes
+        from cacl._support.pool import map_processes
 
         list(map_processes(os._exit, [1, 1], workers=2))
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cacl import ImageTextEncoder, load_encoder
-from cacl._torchscript import read_torchscript
+from cacl._support.torchscript import read_torchscript
 
 TEXTS = ["a photo of cat.", "a picture of dining table."]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")

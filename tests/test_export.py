@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from cacl._checks import InputError
 from cacl.deeplab import DeepLabV2
+from cacl.errors import InputError
 from cacl.export import export_segmenter
 from cacl.segment import Segmenter
 from cacl.transforms import normalize

@@ -24,7 +24,7 @@ from drawn import write_csv
 from test_pipeline import SETTINGS, files
 
 from cacl import cams, cli, pipeline
-from cacl._files import locked
+from cacl._support.files import locked
 from cacl.training import Interrupts
 
 resource = pytest.importorskip("resource")  # not on Windows

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from cacl import figures
-from cacl._chart import smoothed
 from cacl.figures import iou_bars, loss_curves, miou_bars, photo_grid, selection_curves, stage_costs
+from cacl.figures.style import smoothed
 
 
 def texts(figure: Figure) -> str:

@@ -24,11 +24,11 @@ import torch
 from bad_files import Build, all_of, change, folder, link, nothing, pipe, put
 from drawn import write_csv, write_voc
 
-from cacl._checks import shown
-from cacl._log import _peak_mb
 from cacl.cams import load_cams
 from cacl.cli import main
+from cacl.errors import shown
 from cacl.images import read_mask
+from cacl.log import _peak_mb
 from cacl.masks import save_mask
 
 PAGE = Path(__file__).parents[1] / "docs/results/hostile-input.md"

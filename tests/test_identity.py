@@ -13,7 +13,7 @@ import torch
 from conftest import TinyBackbone, TinyEncoder
 from torch import nn
 
-from cacl._identity import UnknownError, identity
+from cacl._support.identity import UnknownError, identity
 
 
 class Plain:

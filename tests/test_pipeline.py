@@ -15,9 +15,9 @@ from PIL import Image
 
 import cacl
 from cacl import pipeline
-from cacl._files import replacing
-from cacl._log import Log
+from cacl._support.files import replacing
 from cacl.config import Config
+from cacl.log import Log
 
 SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacl import _pool
-from cacl._checks import InputError
-from cacl._pool import map_processes
+from cacl._support import pool as _pool
+from cacl._support.pool import map_processes
+from cacl.errors import InputError
 
 
 def slow_start(item: int) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cacl import BackgroundSet, CAMNet, PromptSet, load_encoder, pipeline, scenes
-from cacl._small import ASSET
 from cacl.config import Config
 from cacl.datasets import CSVDataset, check_folder
+from cacl.embedded import ASSET
 
 
 def content(folder):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cacl._checks import InputError, shown
+from cacl.errors import InputError, shown
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""

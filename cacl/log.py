@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from cacl._files import naming, read_json, to_json, write_json, write_text
-from cacl._processes import rank
+from cacl._support.distributed import rank
+from cacl._support.files import naming, read_json, to_json, write_json, write_text
 
 Record = dict[str, Any]
 Callback = Callable[[Record], None]
@@ -64,12 +62,6 @@ class Log:
 
 def _not_through_a_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def watched(items: Iterable[T], *, total: int, desc: str, progress: bool, unit: str = "image", initial: int = 0) -> Any:
-    """``items`` with a progress bar where there is a terminal, in one of several processes."""
-    hidden = None if progress and rank() == 0 else True
-    return tqdm(items, total=total, initial=initial, desc=desc, unit=unit, disable=hidden)
 
 
 @contextmanager

@@ -6,23 +6,22 @@ annotations that are then read at their places.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cacl._checks import InputError, first_line, quoted, shown
-from cacl._json_stream import JSONStream
-from cacl._listing import Entries, Entry, Listing, Texts, duplicates, outside, short_ids
-from cacl.metrics import IGNORE
+from cacl.constants import IGNORE
+from cacl.datasets.entries import Entries, Entry, Listing, Texts, duplicates, outside, short_ids
+from cacl.datasets.json_stream import JSONStream
+from cacl.datasets.rle import runs_of
+from cacl.errors import InputError, first_line, quoted, shown
 
 
 def read_coco(root: Path, split: str) -> tuple[Listing, Objects]:
@@ -77,7 +76,7 @@ class Objects:
         crowds, objects = [], []
         for annotation in self._annotations(image):
             try:
-                runs = _runs(annotation["segmentation"], height, width)
+                runs = runs_of(annotation["segmentation"], height, width)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 raise InputError(
                     f"{shown(self.path)}: annotation {quoted(annotation.get('id'))}: expected polygons or an RLE of "
@@ -288,58 +287,3 @@ def _indices(wanted: array[int], known: NDArray[np.int64]) -> NDArray[np.int32]:
     ids = np.asarray(wanted)
     found = order[np.minimum(np.searchsorted(known[order], ids), len(known) - 1)]
     return np.where(known[found] == ids, found, -1)
-
-
-def _runs(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """The pixels of a segmentation, column by column, as (first, one after the last) of each run."""
-    if isinstance(segmentation, list):
-        polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
-        if not all(polygon.ndim == 1 and (np.abs(polygon) < _FAR).all() for polygon in polygons):
-            raise ValueError("a polygon is no list of numbers near the image")
-        # Less than three points have no area, and pycocotools would take two of them for a box.
-        polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-        if not polygons:
-            return []
-        api = _pycocotools()
-        counts = _uncompressed(api.merge(api.frPyObjects(polygons, height, width))["counts"].decode())
-    else:
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"its size is {quoted(segmentation['size'])}")
-        counts = segmentation["counts"]
-        counts = _uncompressed(counts) if isinstance(counts, str) else counts
-    lengths = np.asarray(counts)
-    if lengths.dtype.kind != "i" or (lengths < 0).any() or lengths.sum() != height * width:
-        raise ValueError("its counts do not add up")
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    return list(zip(ends[::2], ends[1::2], strict=False))  # background and object take turns
-
-
-_FAR = 1e6
-"""Pixels; pycocotools takes memory for every pixel of an outline."""
-
-
-def _uncompressed(text: str) -> list[int]:
-    """The run lengths of an RLE in COCO's code: 5 bits a letter from the lowest on, and a sign; from the fourth on
-    the difference to the one two before."""
-    counts: list[int] = []
-    value = shift = 0
-    for letter in text:
-        code = ord(letter) - ord("0")
-        if not 0 <= code < 64:
-            raise ValueError(f"unknown letter {letter!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:  # the last letter of a number
-            value -= (code & 16) // 16 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("it is cut off")
-    return counts
-
-
-def _pycocotools() -> ModuleType:
-    try:
-        return importlib.import_module("pycocotools.mask")
-    except ImportError as error:
-        raise ImportError(f"Masks of COCO need an extra: pip install 'cacl[coco]' ({error})") from None

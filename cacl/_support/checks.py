@@ -2,51 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from pickle import UnpicklingError
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-
-class InputError(ValueError):
-    """Something that the user gave (an argument, a file, a setting) is wrong; the message is one line."""
-
-
-class InputTypeError(InputError, TypeError):
-    """As :class:`InputError`, where the type is wrong."""
-
-
-class NotFiniteError(RuntimeError):
-    """A loss became NaN or infinite; the message names the step and its images."""
-
-
-def expected(argument: str, wanted: str, got: object) -> InputError:
-    """The error for an argument of the right type with a wrong value."""
-    return InputError(f"Expected argument `{argument}` to be {wanted}, but got {got}.")
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
-    if isinstance(error, UnpicklingError) or "allow_pickle" in str(error):  # whose text advises to run what is in it
-        return "it holds something else than tensors and plain values"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def shown(value: object) -> str:
-    """A path or a text as it is, or in quotes and escaped where it would not stay one line that can be printed."""
-    text = str(value)
-    return text if text.isprintable() else repr(text)
-
-
-def quoted(value: object) -> str:
-    """A value as it was given, cut off where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no numbers of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}…"
+from cacl.errors import InputError, InputTypeError, expected
 
 
 def shape(tensor: Tensor) -> str:
@@ -61,16 +22,6 @@ def check_tensor(argument: str, value: object, dims: str) -> None:
         raise InputTypeError(f"Expected argument `{argument}` to be of a floating point type, but got {value.dtype}.")
     if value.ndim != dims.count(",") + 1:
         raise expected(argument, f"a tensor {dims}", shape(value))
-
-
-def check_weights(source: object, weights: Mapping[str, Tensor]) -> None:
-    """Require weights from a file to be plain tensors, no larger than what was stored of them, and finite."""
-    for name, value in weights.items():
-        plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise InputError(f"{source}: {name!r}: expected a tensor with all of its values")
-        if not value.isfinite().all():
-            raise InputError(f"{source}: {name!r}: expected finite weights, but got NaN or infinity")
 
 
 def check_same_shape(dims: str, **tensors: Tensor) -> None:
@@ -140,9 +91,3 @@ def check_words(argument: str, words: Iterable[str]) -> tuple[str, ...]:
             raise InputError(f"Expected `{argument}` to have no duplicates, but {word!r} stands twice.")
         seen.add(word.lower())
     return result
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint such as ``; did you mean "margin"?``, or nothing."""
-    near = get_close_matches(word, list(known), n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""

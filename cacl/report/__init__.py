@@ -8,15 +8,18 @@ from pathlib import Path
 
 from torch import nn
 
-from cacl import __version__, _sections
-from cacl._chart import check_report
-from cacl._checks import InputError, check_positive
-from cacl._files import replacing, write_text
-from cacl._galleries import Gallery, cam_gallery, open_ablation, segmentation_gallery, step_gallery
-from cacl._page import Page, render
+from cacl import __version__
 from cacl._session import Session
+from cacl._support.checks import check_positive
+from cacl._support.files import replacing, write_text
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
+from cacl.errors import InputError
+from cacl.figures.style import check_report
+from cacl.report import sections
+from cacl.report.galleries import cam_gallery, open_ablation, segmentation_gallery, step_gallery
+from cacl.report.gallery import Gallery
+from cacl.report.page import Page, render
 
 logger = logging.getLogger("cacl")
 
@@ -106,22 +109,22 @@ def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablat
     compared = open_ablation(session, Path(ablation) if ablation is not None else beside)
     if ablation is not None and compared is None:
         raise InputError(f"{ablation}: expected the folder of an ablation with a finished training of table 4 or 5")
-    scores = _sections.scores(session.metrics)
-    sections = [
-        _sections.training(session),
-        _sections.classes(session, compared),
-        _sections.cams(session, galleries.get("cams"), compared),
-        _sections.steps(session, galleries.get("masks")),
-        _sections.segmentation(session, galleries.get("segmentation")),
-        _sections.costs(session),
+    scores = sections.scores(session.metrics)
+    parts = [
+        sections.training(session),
+        sections.classes(session, compared),
+        sections.cams(session, galleries.get("cams"), compared),
+        sections.steps(session, galleries.get("masks")),
+        sections.segmentation(session, galleries.get("segmentation")),
+        sections.costs(session),
     ]
     page = Page(
         title=session.out.name,
         facts=_facts(session),
         scores=scores,
-        tiles=_sections.tiles(scores),
-        chain=_sections.chain(scores),
-        sections=[section for section in sections if section.blocks],
+        tiles=sections.tiles(scores),
+        chain=sections.chain(scores),
+        sections=[section for section in parts if section.blocks],
         settings=session.config.to_toml(session.out),
     )
     write_text(path, render(page))

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacl import figures
-from cacl._chart import duration
-from cacl._checks import InputError
-from cacl._files import read_json
-from cacl._galleries import Ablation, Gallery, ablation_galleries, prediction_title, ranked_galleries
-from cacl._page import Block, Score, Section, chart
 from cacl._session import Session
-from cacl.metrics import BACKGROUND_SCORE
+from cacl._support.files import read_json
+from cacl.constants import BACKGROUND_SCORE
+from cacl.errors import InputError
+from cacl.figures.style import duration
+from cacl.report.charts import chart
+from cacl.report.galleries import Ablation, ablation_galleries, prediction_title, ranked_galleries
+from cacl.report.gallery import Gallery
+from cacl.report.page import Block, Score, Section
 
 _NAMES = {"warmup": "CAM after the warm-up", "cacl": "CAM after CA-CL", "cams": "CAM of the training images"}
 _ABLATE = "cacl ablate CONFIG --tables 4,5"

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cacl._checks import InputError, did_you_mean
-from cacl._files import load_weights
+from cacl._support.weights import load_weights
+from cacl.errors import InputError, did_you_mean
 
 ASSET = Path(__file__).with_name("assets") / "scenes.npz"
 """The weights in float16, and the words that the encoder knows; ``benchmarks/train_scenes.py`` makes it."""

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from tqdm import tqdm
 
-from cacl._checks import InputError, expected, shown
-from cacl._coco import Objects, coco_splits, read_coco
-from cacl._listing import Entries, Entry, Listing, MasksIn, read_csv, read_voc, voc_splits
-from cacl._pool import usable_cores
+from cacl.datasets.coco import Objects, read_coco
+from cacl.datasets.entries import Entries, Entry, Listing, MasksIn
+from cacl.datasets.listing import read_csv, read_voc
+from cacl.errors import InputError, shown
 from cacl.images import read_image, read_mask
-from cacl.metrics import IGNORE
 
 
 class Sample(NamedTuple):
@@ -79,7 +75,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             raise InputError(f"{shown(entry.image)}: the image has no mask")
         return entry.mask
 
-    def _mask_name(self, index: int) -> str:
+    def mask_name(self, index: int) -> str:
         """What messages call a mask."""
         return shown(self.entries[index].mask)
 
@@ -134,7 +130,7 @@ class VOC(Dataset):
         super().__init__(*_sound(read_voc(Path(root), split)))
 
 
-class _InOneFile(Dataset):
+class InOneFile(Dataset):
     """Images whose masks are drawn from the annotations in a JSON file; it is the mask's path of every image."""
 
     def __init__(self, classes: Sequence[str], entries: Entries, objects: Objects) -> None:
@@ -151,11 +147,11 @@ class _InOneFile(Dataset):
     def _indices(self) -> dict[str, int]:
         return {entry.id: index for index, entry in enumerate(self._listed)}
 
-    def _mask_name(self, index: int) -> str:
-        return f"{super()._mask_name(index)}: {shown(self.entries[index].id)}"
+    def mask_name(self, index: int) -> str:
+        return f"{super().mask_name(index)}: {shown(self.entries[index].id)}"
 
 
-class COCO(_InOneFile):
+class COCO(InOneFile):
     """A split of COCO 2014, or of any data set in its format.
 
     Classes are the categories in the order of their ids; the first has mask value 1. An image's labels are the
@@ -198,144 +194,6 @@ class CSVDataset(Dataset):
 
     def __init__(self, root: str | PathLike[str], split: str | None = None) -> None:
         super().__init__(*_sound(read_csv(Path(root), split)))
-
-
-def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
-    """A split of a data set by the name of its format: ``"voc"``, ``"coco"``, ``"csv"``, or ``"scenes"``, a CSV."""
-    readers: dict[str, Callable[[str | PathLike[str], str], Dataset]]
-    readers = {"voc": VOC, "coco": COCO, "csv": CSVDataset, "scenes": CSVDataset}
-    if format not in readers:
-        raise expected("format", f"one of {', '.join(readers)}", repr(format))
-    return readers[format](root, split)
-
-
-def check(dataset: Dataset, *, masks: bool = True, progress: bool = False) -> list[str]:
-    """Open every file of a data set once and list what is wrong, a line each with the file's path.
-
-    Args:
-        dataset: the data set.
-        masks: open the masks too.
-        progress: show a progress bar where there is a terminal.
-    """
-
-    def problems_of(index: int) -> list[str]:
-        entry = dataset.entries[index]
-        found = []
-        size = None
-        try:
-            size = tuple(dataset.image(index).shape[-2:])
-        except InputError as error:
-            found.append(str(error))
-        if masks and entry.mask is not None:
-            try:
-                mask = dataset.mask(index)
-            except InputError as error:
-                return [*found, str(error)]
-            if size is not None and tuple(mask.shape) != size:
-                found.append(
-                    f"{dataset._mask_name(index)}: expected {size[1]}×{size[0]} pixels as the image, "
-                    f"but got {mask.shape[1]}×{mask.shape[0]}"
-                )
-            values = np.flatnonzero(np.bincount(mask.numpy().ravel(), minlength=256))
-            wrong = [int(value) for value in values if len(dataset.classes) < value < IGNORE]
-            if wrong:
-                found.append(
-                    f"{dataset._mask_name(index)}: expected values 0 to {len(dataset.classes)} or 255, "
-                    f"but got {wrong[0]}"
-                )
-        return found
-
-    with (
-        ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
-        tqdm(total=len(dataset), desc="check", unit="image", disable=None if progress else True) as bar,
-    ):
-        problems = []
-        for start in range(0, len(dataset), _AT_ONCE):
-            for found in pool.map(problems_of, range(start, min(start + _AT_ONCE, len(dataset)))):
-                problems += found
-                bar.update()
-        return problems
-
-
-_AT_ONCE = 1024
-"""Images whose tasks wait in the pool; each takes memory."""
-
-
-def check_folder(
-    root: str | PathLike[str],
-    *,
-    format: str | None = None,
-    splits: Iterable[str] | None = None,
-    progress: bool = False,
-) -> list[str]:
-    """Check the data set in a folder.
-
-    Args:
-        root: the folder.
-        format: ``"voc"``, ``"coco"``, ``"csv"`` or ``"scenes"``; by what lies in the folder if None.
-        splits: the splits to look at; all of them if None.
-        progress: show a progress bar where there is a terminal.
-
-    Returns:
-        What is wrong, a line each with the file's path.
-
-    Raises:
-        ValueError: if the folder holds no data set.
-    """
-    root = Path(root)
-    format = format or _format_of(root)
-    if format == "coco":
-        return _check_coco(root, list(splits or coco_splits(root)), progress=progress)
-    if format == "voc":
-        parts = [read_voc(root, split) for split in splits or voc_splits(root)]
-        if not parts:
-            lists = root / "ImageSets" / "Segmentation"
-            raise InputError(f"{lists}: expected a list of ids for each split, such as train.txt, but there is none")
-    else:
-        parts = [read_csv(root, split) for split in splits] if splits else [read_csv(root, None)]
-    problems = [problem for part in parts for problem in part.problems]
-    problems += check(Dataset(parts[0].classes, _different(parts)), progress=progress)
-    return list(dict.fromkeys(problems))
-
-
-def _check_coco(root: Path, splits: Sequence[str], *, progress: bool) -> list[str]:
-    if not splits:
-        raise InputError(f"{root / 'annotations'}: expected instances_*.json of COCO, but there is none")
-    problems = []
-    classes: tuple[str, ...] = ()
-    for split in splits:
-        listing, objects = read_coco(root, split)
-        classes = classes or listing.classes
-        if listing.classes != classes:
-            problems.append(
-                f"{shown(objects.path)}: expected the categories of the split {splits[0]}, but it has others"
-            )
-        problems += listing.problems
-        problems += check(_InOneFile(listing.classes, listing.entries, objects), progress=progress)
-    return list(dict.fromkeys(problems))
-
-
-def _format_of(root: Path) -> str:
-    if (root / "dataset.csv").is_file():
-        return "csv"
-    if (root / "ImageSets" / "Segmentation").is_dir():
-        return "voc"
-    if coco_splits(root):
-        return "coco"
-    raise InputError(
-        f"{root}: no data set here: expected dataset.csv, or ImageSets/Segmentation of PASCAL VOC, "
-        "or annotations/instances_*.json of COCO"
-    )
-
-
-def _different(parts: Sequence[Listing]) -> Iterator[Entry]:
-    """The entries of all parts, each once."""
-    seen = set()  # of hashes: the entries themselves would take a hundred times the memory
-    for part in parts:
-        for entry in part.entries:
-            if hash(entry) not in seen:
-                seen.add(hash(entry))
-                yield entry
 
 
 def _sound(listing: Listing) -> tuple[tuple[str, ...], Entries]:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader
 
-from cacl import _scenery as scenery
-from cacl._checks import InputError, check_integer, check_positive
-from cacl._files import read_json, write_json, write_text
-from cacl._log import watched
-from cacl._pool import leave_signals, loaded
+from cacl._support.checks import check_integer, check_positive
+from cacl._support.files import read_json, write_json, write_text
+from cacl._support.pool import leave_signals, loaded
+from cacl._support.progress import watched
+from cacl.errors import InputError
+from cacl.scenes import scenery
 
 CLASSES: tuple[str, ...] = tuple(scenery.OBJECTS)
 """The object classes."""

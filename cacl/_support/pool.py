@@ -25,8 +25,9 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader
 
-from cacl._checks import InputError, check_integer
-from cacl._signals import Interrupts
+from cacl._support.checks import check_integer
+from cacl._support.signals import Interrupts
+from cacl.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -20,27 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._checks import InputError, first_line
-from cacl._device import find_device
+from cacl.errors import ElsewhereError, InputError, LostProcessError, first_line
 
 T = TypeVar("T")
 
 _alone = False
-"""Whether rank 0 does something for all, in which it is the only one: :func:`once`."""
+"""Whether rank 0 does something for all, in which it is the only one: :func:`rank_zero`."""
 _patient: Any = None
 """For those who wait while others work."""
 _PATIENCE = 48
 
 
-class ElsewhereError(InputError):
-    """What another process raised, and tells the user."""
-
-
-class LostProcessError(ConnectionError):
-    """Another process died, or has not answered in time."""
-
-
-def count() -> int:
+def world_size() -> int:
     """Number of processes of ``torch.distributed``'s default group; 1 without one."""
     dist = _grouped()
     return int(dist.get_world_size()) if dist and not _alone else 1
@@ -53,7 +44,7 @@ def rank() -> int:
 
 
 def local_device(name: str, setting: str) -> torch.device:
-    """:func:`cacl._device.find_device`, where each process of a machine takes a GPU of its own."""
+    """:func:`cacl._support.distributed.find_device`, where each process of a machine takes a GPU of its own."""
     if _launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
         raise InputError(f'{setting}: expected "auto" or "cuda", a GPU for each process, but got {name!r}')
     if name in ("auto", "cuda") and torch.cuda.is_available() and _launched():
@@ -61,13 +52,13 @@ def local_device(name: str, setting: str) -> torch.device:
     return find_device(name, setting)
 
 
-def local_count() -> int:
+def local_world_size() -> int:
     """Number of this run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float) -> Iterator[None]:
+def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     """Take part in the group that torchrun has started this process for; nothing without torchrun, or in a group.
 
     Args:
@@ -81,13 +72,13 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     if not _launched() or _grouped():
         with _reported():
             yield
-            gathered(None)  # nobody leaves while another still listens
+            gather(None)  # nobody leaves while another still listens
         return
     try:
         _begin(device, timeout)
         with _reported():
             yield
-            gathered(None)
+            gather(None)
     finally:  # also where the body raises: whoever waits for this process then learns that it is gone
         _end()
 
@@ -137,14 +128,14 @@ def _unused(store: Any, number: int, size: int, timeout: float) -> Any:
         time.sleep(0.05)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part: every :func:`count`-th item."""
-    return items[rank() :: count()]
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This process's part: every :func:`world_size`-th item."""
+    return items[rank() :: world_size()]
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes, without a gradient."""
-    if count() == 1:
+    if world_size() == 1:
         return values
     place = values.device
     if place.type == "cpu" and not _speaks_cpu():
@@ -154,43 +145,43 @@ def total(values: Tensor) -> Tensor:
     return summed.to(values.device)
 
 
-def total_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """:func:`total` of an array."""
-    return total(torch.from_numpy(counts)).numpy()
+def all_reduce_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """:func:`all_reduce_sum` of an array."""
+    return all_reduce_sum(torch.from_numpy(counts)).numpy()
 
 
-def gathered(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * count()
+    values: list[T | None] = [None] * world_size()
     _grouped().all_gather_object(values, value, group=_patient)
     return values  # type: ignore[return-value]
 
 
-def once(function: Callable[[], T]) -> T:
-    """What ``function`` gives on rank 0, or what it raises there as in :func:`together`, on every process.
+def rank_zero(function: Callable[[], T]) -> T:
+    """What ``function`` gives on rank 0, or what it raises there as in :func:`barrier`, on every process.
 
     Nobody goes on before it is done. In it, this is the only process there is.
     """
     global _alone
-    if count() == 1:
+    if world_size() == 1:
         return function()
     result: T | None = None
-    with together():
+    with barrier():
         if rank() == 0:
             _alone = True
             try:
                 result = function()
             finally:
                 _alone = False
-    return gathered(result)[0]  # type: ignore[return-value]
+    return gather(result)[0]  # type: ignore[return-value]
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def barrier() -> Iterator[None]:
     """A block that every process runs: what one raises in it of the errors that are one line, all raise at its end."""
-    if count() == 1:
+    if world_size() == 1:
         yield
         return
     own: Exception | None = None
@@ -198,30 +189,30 @@ def together() -> Iterator[None]:
         yield
     except (InputError, OSError, ImportError) as error:
         own = error
-    messages = gathered(None if own is None else str(own))
+    messages = gather(None if own is None else str(own))
     for number, message in enumerate(messages):
         if message is not None:
             raise own if own is not None and number == rank() else ElsewhereError(message)
 
 
-def by_turns(function: Callable[[], T]) -> T:
+def local_rank_zero_first(function: Callable[[], T]) -> T:
     """What ``function`` gives, first on one process of each machine: what it downloads, the others find there."""
-    if count() == 1:
+    if world_size() == 1:
         return function()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     results: list[T] = []
     for turn in (True, False):
-        with together():
+        with barrier():
             if first == turn:
                 results.append(function())
     return results[0]
 
 
-def gathered_rows(values: Tensor) -> Tensor:
+def gather_rows(values: Tensor) -> Tensor:
     """``(N, …)`` of every process, N its own -> all rows, in the order of the ranks; without a gradient."""
-    if count() == 1:
+    if world_size() == 1:
         return values
-    lengths = gathered(len(values))
+    lengths = gather(len(values))
     padded = values.new_zeros(max(lengths), *values.shape[1:])
     padded[: len(values)] = values.detach()
     parts = [torch.empty_like(padded) for _ in lengths]
@@ -261,3 +252,25 @@ def _grouped() -> Any:
 
 def _speaks_cpu() -> bool:
     return "cpu" in str(_grouped().get_backend_config())
+
+
+def find_device(name: str, setting: str) -> torch.device:
+    """A device that is there; ``"auto"`` is a GPU if there is one.
+
+    Args:
+        name: torch's, or ``"auto"``.
+        setting: what a user calls it, for the message.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"{setting}: expected a device of this machine, but got {name!r}: {first_line(error)}"
+        ) from None
+    return device

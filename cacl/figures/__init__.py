@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from cacl._chart import (
+from cacl.constants import IGNORE
+from cacl.errors import InputError, expected
+from cacl.figures.style import (
     INK,
     MUTED,
     SERIES,
@@ -23,9 +25,8 @@ from cacl._chart import (
     series,
     styled,
 )
-from cacl._checks import InputError, expected
-from cacl.metrics import IGNORE
-from cacl.pictures import Pixels, palette
+from cacl.images import Pixels
+from cacl.pictures import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from cacl._checks import check_choice
-from cacl._processes import count, total
-
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
+from cacl._support.checks import check_choice
+from cacl._support.distributed import all_reduce_sum, world_size
+from cacl.constants import REDUCTIONS, Reduction
 
 
 def full(x: Tensor) -> Tensor:
@@ -37,10 +33,10 @@ def reduced(loss: Tensor, reduction: Reduction, across: bool = False) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return loss
-    processes = count() if across else 1
+    processes = world_size() if across else 1
     if processes == 1:
         return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
     if reduction == "sum":
         return loss.sum() * processes
-    everywhere = total(torch.full((), float(loss.numel()), device=loss.device))
+    everywhere = all_reduce_sum(torch.full((), float(loss.numel()), device=loss.device))
     return loss.sum() * (processes / everywhere.clamp(min=1)).to(loss.dtype)

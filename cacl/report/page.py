@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +11,18 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cacl._chart import GRID, INK, MUTED, PAPER, any_letters, check_report
-from cacl._galleries import Gallery
-from cacl.metrics import IGNORE
-from cacl.pictures import Pixels, palette
+from cacl.constants import IGNORE
+from cacl.figures.style import check_report
+from cacl.images import Pixels
+from cacl.pictures import palette
+from cacl.report.gallery import Gallery
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-_TEMPLATE = Path(__file__).with_name("assets") / "report.html"
+_TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 _LARGEST = (300, 225)
 """Width and height in pixels of a photo on the page at most."""
-_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
 
 
 @dataclass(frozen=True)
@@ -102,28 +100,6 @@ def render(page: Page) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"uri": picture_uri, "colour": _colour}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page=page)
-
-
-def chart(figure: Figure, label: str) -> str:
-    """A figure as an ``<svg>`` to stand in a page, in whose colours and font it is drawn; ``label`` for who cannot
-    see it."""
-    import matplotlib
-    from markupsafe import escape
-
-    buffer = io.StringIO()
-    name = hashlib.sha256(label.encode()).hexdigest()[:8]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), any_letters():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for pattern in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r' xmlns(:\w+)?="[^"]*"', r"<!--.*?-->"):
-        text = re.sub(pattern, "", text, flags=re.DOTALL)
-    # Several charts share a page: every id is this chart's own.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r"(font: [^;\"]*?px) '[^;\"]*", r"\1 var(--font)", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 
 def picture_uri(pixels: Pixels) -> str:

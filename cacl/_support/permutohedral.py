@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cacl._checks import InputError
+from cacl.errors import InputError
 
 _FARTHEST = 32767  # of a lattice coordinate from 0; float32 is good enough for so many, and their keys are short
 

@@ -1,0 +1,1 @@
+"""What every layer may use and no user needs: checks of arguments, files, processes, weights."""

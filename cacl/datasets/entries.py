@@ -1,0 +1,150 @@
+"""Images of a data set in little memory: where their files lie, and which classes they show."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar, overload
+
+from cacl.errors import quoted
+
+Word = TypeVar("Word", str, int)
+
+
+class Entry(NamedTuple):
+    """Where an image's files lie, and the indices of its classes."""
+
+    id: str
+    image: Path
+    labels: tuple[int, ...]
+    mask: Path | None
+
+
+class Texts:
+    """Strings that are added one by one, in little more memory than their letters take."""
+
+    def __init__(self, words: Iterable[str] = ()) -> None:
+        self._letters, self._ends = bytearray(), array("I", [0])
+        for word in words:
+            self.append(word)
+
+    def append(self, word: str) -> None:
+        self._letters += word.encode("utf-8", "surrogatepass")  # names of files may hold what is no letter
+        self._ends.append(len(self._letters))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._letters[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Texts) and (self._letters, self._ends) == (other._letters, other._ends)
+
+    def __hash__(self) -> int:
+        return hash(bytes(self._letters))
+
+
+class Entries(Sequence[Entry]):
+    """Entries in some 100 to 150 bytes each, where objects would take 1000; they cannot be changed.
+
+    An entry is made when it is asked for. All that is stored lies in a few pieces of memory without references to
+    objects, so that it stays shared with the processes that are forked to load images: to look at an object is to
+    count a reference, and copies its page.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._ids = Texts()
+        self._files = Texts(), Texts()  # names of images and masks, and the numbers of their folders
+        self._in = array("i"), array("i")  # -1 for no mask
+        self._labels, self._ends = array("H"), array("I", [0])
+        folders: dict[Path, int] = {}
+        for entry in entries:
+            self._ids.append(entry.id)
+            for path, names, numbers in zip((entry.image, entry.mask), self._files, self._in, strict=True):
+                names.append("" if path is None else path.name)
+                numbers.append(-1 if path is None else folders.setdefault(path.parent, len(folders)))
+            self._labels.extend(entry.labels)
+            self._ends.append(len(self._labels))
+        self._folders = Texts(map(str, folders))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Entries: ...
+    def __getitem__(self, index: int | slice) -> Entry | Entries:
+        if isinstance(index, slice):
+            return Entries(self[i] for i in range(len(self))[index])
+        at = range(len(self))[index]
+        image = self._path(0, at)
+        assert image is not None
+        labels = self._labels[self._ends[at] : self._ends[at + 1]]
+        return Entry(self._ids[at], image, tuple(labels), self._path(1, at))
+
+    def _path(self, column: int, index: int) -> Path | None:
+        folder = self._in[column][index]
+        return None if folder < 0 else Path(self._folders[folder], self._files[column][index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entries) and vars(self) == vars(other)  # equal entries are stored in the same way
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+
+class MasksIn(Sequence[Entry]):
+    """The same entries with other masks: ``<id>.png`` in a folder."""
+
+    def __init__(self, entries: Sequence[Entry], folder: Path) -> None:
+        self._entries, self._folder = entries, folder
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> MasksIn: ...
+    def __getitem__(self, index: int | slice) -> Entry | MasksIn:
+        if isinstance(index, slice):
+            return MasksIn(self._entries[index], self._folder)
+        entry = self._entries[index]
+        return entry._replace(mask=self._folder / f"{entry.id}.png")
+
+
+class Listing(NamedTuple):
+    """What a data set's files say."""
+
+    classes: tuple[str, ...]
+    entries: Entries
+    problems: list[str]
+    """What is wrong, a line each."""
+
+
+def outside(path: Path) -> str:
+    """What a message says of a path that is absolute, or leads out of the folder."""
+    return f"expected a path inside the folder, but got {quoted(str(path))}"
+
+
+def short_ids(entries: Entries) -> Entries:
+    """The file's name is enough where all lie in one folder."""
+    folders = {Path(entry.id).parent for entry in entries}
+    if len(folders) > 1 or folders == {Path()}:
+        return entries
+    return Entries(entry._replace(id=Path(entry.id).name) for entry in entries)
+
+
+def duplicates(words: Iterable[Word]) -> Iterator[Word]:
+    """Each word or number that was there before."""
+    seen: set[Word] = set()
+    for word in words:
+        if word in seen:
+            yield word
+        seen.add(word)

@@ -1,0 +1,66 @@
+"""Masks in COCO's run lengths."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cacl.errors import quoted
+
+
+def runs_of(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """The pixels of a segmentation, column by column, as (first, one after the last) of each run."""
+    if isinstance(segmentation, list):
+        polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
+        if not all(polygon.ndim == 1 and (np.abs(polygon) < _FAR).all() for polygon in polygons):
+            raise ValueError("a polygon is no list of numbers near the image")
+        # Less than three points have no area, and pycocotools would take two of them for a box.
+        polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+        if not polygons:
+            return []
+        api = _pycocotools()
+        counts = uncompressed(api.merge(api.frPyObjects(polygons, height, width))["counts"].decode())
+    else:
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"its size is {quoted(segmentation['size'])}")
+        counts = segmentation["counts"]
+        counts = uncompressed(counts) if isinstance(counts, str) else counts
+    lengths = np.asarray(counts)
+    if lengths.dtype.kind != "i" or (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError("its counts do not add up")
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    return list(zip(ends[::2], ends[1::2], strict=False))  # background and object take turns
+
+
+_FAR = 1e6
+"""Pixels; pycocotools takes memory for every pixel of an outline."""
+
+
+def uncompressed(text: str) -> list[int]:
+    """The run lengths of an RLE in COCO's code: 5 bits a letter from the lowest on, and a sign; from the fourth on
+    the difference to the one two before."""
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - ord("0")
+        if not 0 <= code < 64:
+            raise ValueError(f"unknown letter {letter!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last letter of a number
+            value -= (code & 16) // 16 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("it is cut off")
+    return counts
+
+
+def _pycocotools() -> ModuleType:
+    try:
+        return importlib.import_module("pycocotools.mask")
+    except ImportError as error:
+        raise ImportError(f"Masks of COCO need an extra: pip install 'cacl[coco]' ({error})") from None
