@@ -35,11 +35,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from cacl.cams import train_classifier
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from cacl.camnet import CAMNet
-from cacl.cams import train_classifier
 from cacl.datasets import COCO, Dataset
 from cacl.datasets.entries import Entry
 from cacl.log import Callback

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cacl._session import STAGES
+
 from cacl._support.files import read_json
 from cacl._support.weights import load_state
 

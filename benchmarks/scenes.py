@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from cacl._session import Session
+from cacl.cams import predict_cams
 from numpy.typing import NDArray
 from PIL import Image
 
 from cacl import pipeline, scenes
-from cacl._session import Session
 from cacl.ablate import spread
-from cacl.cams import predict_cams
 from cacl.config import Config
 from cacl.pictures import threshold
 

@@ -16,35 +16,23 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cacl import pipeline
-from cacl._session import Session
 from cacl._support.checks import check_choice, check_positive
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero
-from cacl._support.files import locked, read_json, write_json, write_text
+from cacl._support.files import locked, write_json, write_text
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.log import Callback, Log
-from cacl.prompts import DEFAULT_TEMPLATES
+from cacl.paper_tables import TABLES, TITLES, Variant, folders, variants
+from cacl.runs.folder import RunFolder
+from cacl.runs.session import Session
+from cacl.stages.contrast import CACL, backgrounds
+from cacl.stages.warmup import Warmup
 
 logger = logging.getLogger("cacl")
 
-TABLES = ("4", "5", "6", "7", "8", "theta")
-"""The paper's tables 4 to 8, and the three modes of the threshold of eq. 10-11."""
 
-Changes = Mapping[str, Mapping[str, Any]]
-
-
-class Variant(NamedTuple):
-    """A row of a table."""
-
-    name: str
-    changes: Changes
-    """Table of the configuration -> key -> value."""
-    paper: float | None
-    """The paper's mean IoU of CAMs in per cent, on PASCAL VOC's split ``train``."""
-
-
-class Score(NamedTuple):
+class Trial(NamedTuple):
     """What one training gave."""
 
     miou: float
@@ -95,100 +83,42 @@ def run(
 
 def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str, Any]) -> list[Path]:
     out = config.run.out
-    folders = _folders(config)
-    wanted = {table: [(v, folders[repr(v.changes)]) for v in variants(config, table)] for table in tables}
+    names = folders(config)
+    wanted = {table: [(v, names[repr(v.changes)]) for v in variants(config, table)] for table in tables}
     changed = {name: config.changed(v.changes) for rows in wanted.values() for v, name in rows}
-    scores: dict[str, list[Score]] = {name: [] for name in changed}
-    starts: list[Score] = []
+    scores: dict[str, list[Trial]] = {name: [] for name in changed}
+    starts: list[Trial] = []
     with barrier():
-        own = arguments["encoder"], arguments["backbone"]
-        if Session(config, *own, None).eval is None:
+        if Session(config).eval is None:
             raise InputError(f"[data] eval: expected a split with masks to compare on, but got {config.data.eval!r}")
         for variant in changed.values():
-            _ = Session(variant, *own, None).backgrounds  # too few words show now
+            _ = backgrounds(Session(variant), variant.table(CACL))  # too few words show now
     for i in range(seeds):
         seed = config.run.seed + i
         folder = out / f"seed-{seed}"
         start = folder / "start"
         warmup = pipeline.run(config.changed({"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
-        starts.append(rank_zero(partial(_score, warmup.metrics["warmup"], start, "warmup", config.warmup.batch_size)))
+        starts.append(
+            rank_zero(partial(_trial, warmup.metrics["warmup"], start, "warmup", config.table(Warmup).batch_size))
+        )
         for number, (name, variant) in enumerate(changed.items(), start=1):
             logger.info("ablate: seed %d, %s (%d of %d)", seed, name, number, len(changed))
             rank_zero(partial(_fork, start, folder / name))
             changed_run = variant.changed({"run": {"out": folder / name, "seed": seed}})
             result = pipeline.run(changed_run, stages=["warmup", "cacl"], **arguments)
-            score = partial(_score, result.metrics["cacl"], folder / name, "cacl", config.cacl.batch_size)
+            score = partial(_trial, result.metrics["cacl"], folder / name, "cacl", config.table(CACL).batch_size)
             scores[name].append(rank_zero(score))
             for table, rows in wanted.items():
                 lines = [(v, scores[own_folder]) for v, own_folder in rows]
-                rank_zero(
-                    partial(_write, out / f"table-{table}", _TITLES[table], lines, starts, result.metrics["cacl"])
-                )
+                rank_zero(partial(_write, out / f"table-{table}", TITLES[table], lines, starts, result.metrics["cacl"]))
     return [out / f"table-{table}.md" for table in tables]
-
-
-def variants(config: Config, table: str) -> list[Variant]:
-    """The rows of one of :data:`TABLES`."""
-    templates, words = config.prompts.templates, config.backgrounds.n
-    candidates = tuple(dict.fromkeys((*templates, ORIGAMI)))
-
-    def variant(name: str, paper: float | None, **changes: dict[str, Any]) -> Variant:
-        same = config.model_dump()
-        kept = {t: {k: v for k, v in keys.items() if same[t][k] != v} for t, keys in changes.items()}
-        return Variant(name, {t: keys for t, keys in kept.items() if keys}, paper)
-
-    def prompts(some: tuple[str, ...]) -> dict[str, Any]:
-        return {"prompts": {"templates": some}, "cacl": {"template": None}}
-
-    if table == "4":
-        single = [variant(f"only “{t}”", _PAPER_SINGLE.get(t), **prompts((t,))) for t in candidates]
-        paper = 64.4 if templates == DEFAULT_TEMPLATES else None
-        return [*single, variant(f"DCPS of {len(templates)}", paper)]
-    if table == "5":
-        return [variant("DCPS and ITC, without CSBS", 58.4, cacl={"beta": 0.0}), variant("with CSBS", 64.4)]
-    if table == "6":
-        return [
-            variant("ITC", 57.9, cacl={"beta": 0.0, "gamma": 0.0}),
-            variant("ITC + REG", 58.4, cacl={"beta": 0.0}),
-            variant("ITC + BGS", 62.7, cacl={"gamma": 0.0}),
-            variant("ITC + BGS + REG", 64.4),
-        ]
-    if table == "7":
-        return [variant(f"m = {m}", _PAPER_M.get(m), **prompts(candidates[:m])) for m in range(1, len(candidates) + 1)]
-    if table == "8":
-        counts = sorted({*range(3, 8), *([words] if words else [])})
-        return [variant(f"n = {n}", _PAPER_N.get(n), backgrounds={"n": n}) for n in counts]
-    return [variant(mode, None, cacl={"threshold_mode": mode}) for mode in ("fixed", "soft", "quantile")]
-
-
-ORIGAMI = "a clean origami {}."
-"""The fifth candidate of the paper, which it dropped."""
-_PAPER_SINGLE = dict(zip((*DEFAULT_TEMPLATES, ORIGAMI), (62.8, 62.7, 61.9, 60.3, 59.8), strict=True))
-_PAPER_M = {1: 62.8, 2: 63.1, 3: 63.7, 4: 64.4, 5: 62.4}
-_PAPER_N = {3: 59.7, 4: 61.5, 5: 64.4, 6: 63.6, 7: 63.7}
-_TITLES = {
-    "4": "Table 4: a single template against dynamic context prompt selection",
-    "5": "Table 5: without and with class-specific background suppression",
-    "6": "Table 6: losses",
-    "7": "Table 7: number m of templates (the first m; in the paper the best m)",
-    "8": "Table 8: number n of background words (the first n)",
-    "theta": "Modes of the threshold θ, eq. 10-11",
-}
-
-
-def _folders(config: Config) -> dict[str, str]:
-    """Changes -> name of the run folder: that of the first table and row in which they stand."""
-    names: dict[str, str] = {}
-    for table in TABLES:
-        for i, variant in enumerate(variants(config, table), start=1):
-            names.setdefault(repr(variant.changes), f"table-{table}-{i}")
-    return names
 
 
 def _fork(start: Path, folder: Path) -> None:
     """A run folder whose warm-up is that of another."""
-    marker = Path("warmup") / "stage.json"
-    if read_json(folder / marker) == read_json(start / marker):
+    own, other = RunFolder(folder), RunFolder(start)
+    state = other.state("warmup")
+    if own.state("warmup") == state:
         return
     (folder / "warmup").mkdir(parents=True, exist_ok=True)
     for name in ("data.json", "warmup/model.pt"):
@@ -197,25 +127,25 @@ def _fork(start: Path, folder: Path) -> None:
             os.link(start / name, folder / name)
         except OSError:  # not every file system has links
             shutil.copyfile(start / name, folder / name)
-    write_json(folder / "metrics.json", {"warmup": read_json(start / "metrics.json")["warmup"]})
-    write_json(folder / marker, read_json(start / marker))
+    write_json(folder / "metrics.json", {"warmup": other.metrics["warmup"]})
+    own.mark("warmup", state.key or "", finished=state.finished)
 
 
-def _score(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int) -> Score:
+def _trial(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int) -> Trial:
     if metrics["miou"] is None:
         raise InputError(
             f"[data] eval: expected masks to compare on, but those of {metrics['split']!r} have no pixel that counts"
         )
     records = [record for record in Log(folder / "log.jsonl").records() if record.get("stage") == stage]
     seconds = [batch_size / record["images_per_second"] for record in records]
-    return Score(metrics["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan"))
+    return Trial(metrics["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan"))
 
 
 def _write(
     path: Path,
     title: str,
-    lines: Sequence[tuple[Variant, Sequence[Score]]],
-    starts: Sequence[Score],
+    lines: Sequence[tuple[Variant, Sequence[Trial]]],
+    starts: Sequence[Trial],
     metrics: Mapping[str, Any],
 ) -> None:
     """One table as Markdown and as CSV."""
@@ -239,7 +169,7 @@ def _write(
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
         "",
-        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_score']}, no "
+        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_trial']}, no "
         f"CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation. The oracle is the best background "
         "score. The paper's figures are those of CAMs on the split train of PASCAL VOC.",
         "",

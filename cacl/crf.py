@@ -16,6 +16,12 @@ from cacl._support.permutohedral import GaussianFilter
 from cacl.errors import InputError, InputTypeError, expected
 
 Backend = Literal["auto", "pydensecrf", "torch"]
+GAUSSIAN = (3.0, 3.0)
+"""Smoothness in IRNet's label mining: standard deviation in pixels, weight."""
+BILATERAL = (50.0, 5.0, 10.0)
+"""Appearance in IRNet's label mining: standard deviations in pixels and in colour values, weight."""
+ITERATIONS = 10
+"""Of mean field."""
 _SMALLEST = 1e-5
 """No probability counts as less than this."""
 
@@ -40,8 +46,8 @@ class DenseCRF:
         self,
         image: NDArray[np.uint8],
         *,
-        gaussian: tuple[float, float] = (3.0, 3.0),
-        bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0),
+        gaussian: tuple[float, float] = GAUSSIAN,
+        bilateral: tuple[float, float, float] = BILATERAL,
         backend: Backend = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -61,7 +67,7 @@ class DenseCRF:
         self.gaussian, self.bilateral, self.device = gaussian, bilateral, device
         self._with_labels: dict[int, Any] = {}
 
-    def __call__(self, probabilities: NDArray[np.floating], *, iterations: int = 10) -> NDArray[np.float32]:
+    def __call__(self, probabilities: NDArray[np.floating], *, iterations: int = ITERATIONS) -> NDArray[np.float32]:
         """Mean field.
 
         Args:
@@ -161,9 +167,9 @@ def dense_crf(
     image: NDArray[np.uint8],
     probabilities: NDArray[np.floating],
     *,
-    iterations: int = 10,
-    gaussian: tuple[float, float] = (3.0, 3.0),
-    bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0),
+    iterations: int = ITERATIONS,
+    gaussian: tuple[float, float] = GAUSSIAN,
+    bilateral: tuple[float, float, float] = BILATERAL,
     backend: Backend = "auto",
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:

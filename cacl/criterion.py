@@ -166,6 +166,14 @@ class CACLLoss(nn.Module):
         s_ff, s_bf = (reduced(similarity, "mean", across) for similarity in similarities)
         return CACLTerms(total, itc, bgs, region, s_ff, s_bf, self.bgs.pass_rate)
 
+    def record(self) -> dict[str, Tensor]:
+        """What is logged of a step beside the terms: θ, and how often each template was chosen, as shares."""
+        counts = self.selector.counts.sum(0)
+        return {
+            "threshold": self.bgs.threshold.mean(),
+            "template_share": counts / counts.sum().clamp(min=1),
+        }
+
     def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
         if isinstance(self.encoder, nn.Module):
             self.encoder._apply(fn)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from cacl._support.weights import copied
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError, expected, first_line
-from cacl.segment import Segmenter
+from cacl.photos import Segmenter
 
 SMALLEST = 32
 """Shortest side in pixels that an exported segmenter takes; four times its trunk's stride where that is more."""
@@ -49,7 +49,7 @@ def export_segmenter(segmenter: Segmenter, out: Path) -> Path:
         json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 
     Args:
-        segmenter: is left as it is; of :func:`cacl.segment.load_segmenter`, for example.
+        segmenter: is left as it is; of :func:`cacl.photos.load_segmenter`, for example.
         out: the file, ``.pt2`` or ``.onnx``; it is whole or as it was before.
 
     Returns:

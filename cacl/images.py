@@ -22,6 +22,19 @@ Pixels = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
 """``(H, W)``: 0 background, k the k-th class from 1 on, 255 ignored."""
 
+
+def voc_colours(size: int = 256) -> Pixels:
+    """The colours of PASCAL VOC's masks, ``(size, 3)``: the bits of a value, spread over red, green and blue."""
+    values = np.arange(size)
+    colours = np.zeros((size, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((values >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+VOC_COLOURS = voc_colours()
+"""The palette in the files of masks, which VOC's server checks; :data:`cacl.pictures.COLOURS` is what people see."""
 _FILTERS = threading.Lock()
 """Warning filters are the whole process's: threads that change them for a moment do so one after the other."""
 

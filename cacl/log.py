@@ -1,4 +1,4 @@
-"""``log.jsonl``, ``times.json`` and progress bars: what a run measured, what each stage cost, how far it is."""
+"""``log.jsonl`` and ``times.json``: what a run measured, and what each stage cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,9 @@ from cacl._support.distributed import rank
 from cacl._support.files import naming, read_json, to_json, write_json, write_text
 
 Record = dict[str, Any]
+"""A line of ``log.jsonl``."""
 Callback = Callable[[Record], None]
+"""Gets every record as it is written."""
 T = TypeVar("T")
 
 
@@ -58,6 +61,25 @@ class Log:
 
     def _text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a training leaves of itself while it runs.
+
+    Args:
+        checkpoint: file to go on from and to save to; removed by nobody here.
+        key: a checkpoint with another key is of another training and is not used.
+        log: where records go.
+        callback: gets every record.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    checkpoint: Path | None = None
+    key: str = ""
+    log: Log | None = None
+    callback: Callback | None = None
+    checkpoint_seconds: float = 60.0
 
 
 def _not_through_a_link(path: str, flags: int) -> int:

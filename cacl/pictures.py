@@ -9,20 +9,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cacl.constants import BACKGROUND_SCORE, IGNORE
-from cacl.images import Mask, Pixels
+from cacl.images import VOC_COLOURS, Mask, Pixels
+
+COLOURS: Pixels = VOC_COLOURS
+"""``(256, 3)``: the colours in which people see classes, here, in figures and in the report; files have their own."""
 
 
-def palette(size: int = 256) -> Pixels:
-    """The colours of PASCAL VOC's masks, ``(size, 3)``: the bits of a value, spread over red, green and blue."""
-    values = np.arange(size)
-    colours = np.zeros((size, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((values >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+def palette() -> Pixels:
+    """:data:`COLOURS`, and white for what is ignored."""
+    colours = COLOURS.copy()
+    colours[IGNORE] = 255
     return colours
-
-
-_COLOURS = palette()
 
 
 def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
@@ -34,9 +31,8 @@ def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
 
 
 def overlay(photo: Pixels, mask: NDArray[np.integer]) -> Pixels:
-    """The classes of an ``(H, W)`` mask in VOC's colours over a darkened photo; what is ignored in white."""
+    """The classes of an ``(H, W)`` mask in their colours over a darkened photo; what is ignored in white."""
     colours = palette()
-    colours[IGNORE] = 255
     shown = np.where(mask[..., None] > 0, 0.35 * photo + 0.65 * colours[mask], 0.35 * photo)
     return shown.astype(np.uint8)
 
@@ -57,7 +53,7 @@ def legend(picture: Pixels, mask: NDArray[np.integer], classes: Sequence[str]) -
     result.paste(shown)
     pen = ImageDraw.Draw(result)
     for x, y, name, k in places:
-        pen.rectangle((x, y, x + 11, y + 11), fill=tuple(_COLOURS[k].tolist()))
+        pen.rectangle((x, y, x + 11, y + 11), fill=tuple(COLOURS[k].tolist()))
         pen.text((x + 16, y), name, fill="black")
     if not entries:
         pen.text((_PAD, shown.height + 4), "background only", fill=(90, 90, 90))

@@ -1,54 +1,38 @@
-"""From a configuration to results: wires the stages, skips what is finished, goes on where it was stopped."""
+"""From a configuration to results: runs the stages of a chain, skips what is finished, goes on where it was stopped."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cacl._scores import describe
-from cacl._session import STAGES, Body, Session
 from cacl._support.checks import check_choice
-from cacl._support.distributed import local_device, process_group, rank, rank_zero
-from cacl._support.files import locked, read_json
-from cacl.cams import make_cams, train_cacl, train_classifier
+from cacl._support.distributed import barrier, local_device, process_group, rank_zero, world_size
+from cacl._support.files import locked, read_json, write_json, write_text
 from cacl.config import Config
+from cacl.crf import check_backend
+from cacl.datasets import check
 from cacl.encoders import ImageTextEncoder
-from cacl.log import Callback
-from cacl.masks import make_labels, make_masks, train_irnet, walk_cams
-from cacl.report import write_report
-from cacl.segment import make_predictions, save_segmenter, train_segmenter
+from cacl.errors import InputError
+from cacl.log import Callback, Journal, measured
+from cacl.runs.folder import State
+from cacl.runs.results import Result
+from cacl.runs.session import NotDrawnError, Session
+from cacl.settings import Report, Training
+from cacl.stages.chain import CHAIN, Chain, check_chain
+from cacl.stages.contrast import Criterion
+from cacl.stages.stage import Context, Stage
+from cacl.training import Loop
 
+logger = logging.getLogger("cacl")
 
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind."""
-
-    out: Path
-    """The run folder."""
-    metrics: dict[str, Any]
-    """``metrics.json``: for each evaluation its mIoU with split, background score, CRF, number of images."""
-
-    @property
-    def pictures(self) -> list[Path]:
-        """The pictures that the run has made."""
-        return sorted((self.out / "report").glob("*.png"))
-
-    @property
-    def report(self) -> Path | None:
-        """The report, if it was made."""
-        path = self.out / "report" / "index.html"
-        return path if path.is_file() else None
-
-    def summary(self) -> str:
-        """A line for each evaluation, and where the pictures are."""
-        lines = [describe(name, metrics) for name, metrics in self.metrics.items()]
-        lines += [f"picture: {path}" for path in self.pictures]
-        return "\n".join([*lines, *([f"report: {self.report}"] if self.report else [])])
+STAGES = (*(stage.name for stage in CHAIN), "report")
+"""The names of CA-CL's stages and of what follows them, in their order."""
 
 
 def run(
@@ -56,22 +40,30 @@ def run(
     *,
     encoder: ImageTextEncoder | None = None,
     backbone: nn.Module | None = None,
+    criterion: Criterion | None = None,
+    chain: Chain = CHAIN,
     stages: Sequence[str] | None = None,
     resume: bool = True,
     callback: Callback | None = None,
 ) -> Result:
     """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``irn`` → ``masks`` → ``segment`` →
-    ``predict`` → ``report``.
+    ``predict``, and the ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint. Under ``torchrun``, or where ``torch.distributed`` has a default group, all processes call this and
     share the work; their number changes nothing.
 
+    What is given instead of the configuration's is told apart by its class and all that is in it, or by a text ``key``
+    of its own; where neither will do, what follows from it is done again each time.
+
     Args:
         config: a configuration, or what :meth:`cacl.config.Config.load` takes.
-        encoder: instead of the configuration's.
+        encoder: instead of the configuration's; put on the run's device while it is needed.
         backbone: instead of the configuration's; copied, so that it stays as it is.
-        stages: which stages, all by default; those before them must be finished.
+        criterion: instead of CA-CL's loss: ``(images, cams, labels)`` -> a NamedTuple with a ``total`` (see
+            :func:`cacl.stages.contrast.train_cacl`). A module's state is as before when it has been trained with.
+        chain: the stages, each with its table; :data:`cacl.stages.chain.CHAIN` with some taken out, put in or replaced.
+        stages: which stages, all by default; those that they need must be finished.
         resume: go on from what the run folder holds; False does the stages again.
         callback: gets every record of ``log.jsonl`` as it is written, in every process.
 
@@ -79,172 +71,211 @@ def run(
         The run folder and its metrics.
 
     Raises:
-        ValueError: if the configuration, the data or a file of the run is wrong: one line a problem; or if another
-            run is using the run folder.
+        ValueError: if the configuration, the data, the chain or a file of the run is wrong: one line a problem; or if
+            another run is using the run folder.
         OSError: if a file cannot be written; one line that names it. A process that dies or that does not answer is
             one too.
     """
-    config = config if isinstance(config, Config) else Config.load(config)
-    wanted = STAGES if stages is None else tuple(stages)
-    for stage in wanted:
-        check_choice("stages", stage, STAGES)
+    config = _configuration(config, chain)
+    session = Session(config, encoder, backbone, criterion, chain=_whole(config))
+    wanted = _wanted(session.chain, stages)
     device = local_device(config.run.device, "[run] device")
     with process_group(device, config.run.timeout_seconds), locked(config.run.out):
-        session = Session(config, encoder, backbone, callback)
-        session.prepare(wanted)
-        for name in STAGES:
-            if name in wanted:
-                session.do(name, _BODIES[name], resume=resume)
-        return Result(config.run.out, rank_zero(lambda: session.metrics))
+        _prepare(session, wanted)
+        for number, stage in enumerate(session.chain):
+            if stage in wanted:
+                _do(session, stage, session.chain[number + 1 :], resume=resume, callback=callback)
+            session.release({name for later in wanted if later in session.chain[number + 1 :] for name in later.uses})
+        return Result(config.run.out, rank_zero(lambda: session.files.metrics))
 
 
-def plan(config: Config, stages: Sequence[str] | None = None, *, resume: bool = True) -> list[str]:
-    """What :func:`run` would do with each stage, by what the run folder says; nothing is written."""
-    session = Session(config, None, None, None)
+def plan(
+    config: Config | str | PathLike[str],
+    stages: Sequence[str] | None = None,
+    *,
+    resume: bool = True,
+    encoder: ImageTextEncoder | None = None,
+    backbone: nn.Module | None = None,
+    criterion: Criterion | None = None,
+    chain: Chain = CHAIN,
+) -> list[str]:
+    """What :func:`run` would do with each stage, by what the run folder says, given the same arguments.
+
+    Nothing is written, drawn, loaded or locked.
+
+    Returns:
+        A line a stage: ``new``, ``finished``, ``to be continued``, ``to be done again``, or ``needs`` and the stage
+        that has to be done before.
+
+    Raises:
+        ValueError: if the configuration, the chain or a list of the data is wrong.
+    """
+    config = _configuration(config, chain)
+    session = Session(config, encoder, backbone, criterion, chain=_whole(config), planning=True)
+    wanted = _wanted(session.chain, stages)
     lines = []
-    for name in STAGES if stages is None else stages:
-        check_choice("stages", name, STAGES)
-        state = read_json(config.run.out / name / "stage.json")
-        if not state:
-            word = "new"
-        elif not resume or state.get("key") != session.key(name):
-            word = "to be done again"
-        else:
-            word = "finished" if state.get("finished") else "to be continued"
-        lines.append(f"{name}: {word}")
+    ready: set[str] = set()
+    again = False  # from the first stage on that is done anew, nothing of those after it stays
+    for stage in session.chain:
+        state = session.files.state(stage.name)
+        known = bool(state) and not again and state.key == _planned_key(session, stage)
+        if stage not in wanted:
+            ready |= {stage.name} if known and state.finished else set()
+            continue
+        if missing := [need for need in _needs(session, stage) if need not in ready]:
+            lines.append(f"{stage.name}: needs {missing[-1]}")
+            continue
+        word = "to be done again" if state else "new"
+        if known and resume:
+            word = "finished" if state.finished else "to be continued"
+        again = again or not (known and resume)
+        ready.add(stage.name)
+        lines.append(f"{stage.name}: {word}")
     return lines
 
 
-def _warmup(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table = session.config.warmup
-    net = session.compiled(session.net())
-    rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
-    train_classifier(net, session.train, session.loop(table), checkpoint=folder / "checkpoint.pt", **rates, **run)
-    session.save(folder / "model.pt", net.state_dict())
+def _configuration(config: Config | str | PathLike[str], chain: Chain) -> Config:
+    if not isinstance(config, Config):
+        return Config.load(config, chain=check_chain(chain))
+    if chain is not CHAIN and config.chain != chain:
+        raise InputError("Expected argument `config` to be of the same `chain`: Config.load(…, chain=chain).")
+    check_chain(config.chain)
+    return config
 
 
-def _cacl(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table = session.config.cacl
-    net = session.compiled(session.net("warmup"))
-    rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
-    train_cacl(
-        net,
-        session.criterion,
-        session.train,
-        session.loop(table),
-        threshold_lr=table.threshold_lr,
-        checkpoint=folder / "checkpoint.pt",
-        **rates,
-        **run,
-    )
-    session.save(folder / "model.pt", net.state_dict())
+def _wanted(every: Chain, stages: Sequence[str] | None) -> Chain:
+    names = [stage.name for stage in every]
+    for name in stages or ():
+        check_choice("stages", name, names)
+    return tuple(stage for stage in every if stages is None or stage.name in stages)
 
 
-def _cams(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    # What is there is of this very stage from before a stop; files of another were removed.
-    make_cams(session.net("cacl"), session.train, folder / "train", keep=True, **session.inference)
+def _whole(config: Config) -> Chain:
+    """The stages of a configuration, and the report, which shows what all of them have left."""
+
+    def write(run: Context, settings: Report, folder: Path, journal: Journal) -> None:
+        from cacl.report import write_report  # what looks: imported when it is called
+
+        assert isinstance(run, Session)
+        rank_zero(lambda: write_report(run, folder))
+
+    def depends(run: Context, settings: Report) -> tuple[object, ...]:
+        assert isinstance(run, Session)
+        return (run.fingerprints,)
+
+    def check_crf(run: Context, settings: Report) -> object:
+        return check_backend(run.machine.crf)
+
+    names = tuple(stage.name for stage in config.chain)
+    return (*config.chain, Stage("report", Report, run=write, needs=names, depends=depends, check=check_crf))
 
 
-def _irn(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table, cams = session.config.irn, session.out / "cams" / "train"
-    make_labels(
-        session.train,
-        cams,
-        folder / "labels",
-        foreground_score=table.foreground_score,
-        background_score=table.background_score,
-        keep=True,
-        **session.crf(table),
-    )
-    net = session.compiled(session.irnet())
-    rates = {"lr": table.lr, "momentum": table.momentum, "weight_decay": table.weight_decay}
-    train_irnet(
-        net,
-        session.train,
-        folder / "labels",
-        session.loop(table, masks=True),
-        radius=table.radius,
-        checkpoint=folder / "checkpoint.pt",
-        **rates,
-        **run,
-    )
-    session.save(folder / "model.pt", net.state_dict())
+def _needs(session: Session, stage: Stage[Any]) -> list[str]:
+    """The names of the stages whose results a stage reads."""
+    return [session.stage(need).name for need in stage.needs]
 
 
-def _masks(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table, cams = session.config.masks, session.out / "cams" / "train"
-    walk_cams(
-        session.irnet("irn"),
-        session.train,
-        cams,
-        folder / "walk",
-        power=table.power,
-        radius=table.radius,
-        beta=table.beta,
-        steps=table.steps,
-        device=session.device,
-        workers=session.workers,
-        keep=True,
-    )
-    make_masks(
-        session.train,
-        folder / "walk",
-        folder / "train",
-        background_score=table.background_score,
-        unsure=table.unsure,
-        keep=True,
-        **session.crf(table),
-    )
+def _planned_key(session: Session, stage: Stage[Any]) -> str | None:
+    """None where the data are not there yet."""
+    try:
+        return session.key(stage.name)
+    except NotDrawnError:
+        return None
 
 
-def _segment(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table = session.config.segment
-    net = session.compiled(session.segmenter())
-    train_segmenter(
-        net,
-        session.train,
-        session.out / "masks" / "train",
-        session.loop(table, masks=True),
-        lr=table.lr,
-        head_factor=table.head_factor,
-        momentum=table.momentum,
-        weight_decay=table.weight_decay,
-        checkpoint=folder / "checkpoint.pt",
-        **run,
-    )
-    own = session.config.camnet.backbone if session.given_backbone is None else ""
-    if rank() == 0:
-        save_segmenter(folder / "model.pt", net, session.train.classes, table.backbone or own)
+def _prepare(session: Session, wanted: Chain) -> None:
+    """Check settings and data before the first step, and write down the configuration."""
+    with barrier():
+        _ = session.datasets
+    _ = session.fingerprints
+    # Of rank 0: a file may have another time on another machine.
+    last = max((session.chain.index(stage) for stage in wanted), default=-1)
+    named = [stage.name for stage in session.chain[: last + 1]]
+    session.keys.update(rank_zero(lambda: {name: session.key(name) for name in named}))
+    with barrier():
+        _check_settings(session, wanted)
+    rank_zero(lambda: _check_data(session))
 
 
-def _predict(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    table = session.config.predict
-    if session.segmented is not None:
-        net = session.segmenter(trained=True)
-        crf = session.crf(table)
-        settings = {"crf": crf["crf"] if table.iterations else None, "workers": session.workers}
-        make_predictions(
-            net,
-            session.segmented,
-            folder / "eval",
-            longest=table.longest,
-            device=session.device,
-            keep=True,
-            **settings,
-        )
+def _check_settings(session: Session, wanted: Chain) -> None:
+    """What is wrong with a setting shows now: not after the warm-up, and not when files have been replaced."""
+    names = {stage.name for stage in wanted}
+    for stage in wanted:
+        for need in reversed(_needs(session, stage)):
+            if need not in names and not session.finished(need):
+                raise InputError(
+                    f"{session.out}: the stage {need!r} has not finished with these settings; run it first"
+                )
+    for stage in session.config.chain:
+        settings = session.settings(stage)
+        if isinstance(settings, Training):
+            Loop.of(settings)
+            if stage in wanted and settings.batch_size < world_size():
+                least = f"at least 1 image for each of the {world_size()} processes"
+                raise InputError(f"[{stage.name}] batch_size: expected {least}, but got {settings.batch_size}")
+    for stage in wanted:
+        if not session.finished(stage.name):
+            stage.check(session, session.settings(stage))
 
 
-def _report(session: Session, folder: Path, run: dict[str, Any]) -> None:
-    rank_zero(lambda: write_report(session, folder))
+def _check_data(session: Session) -> None:
+    data, path = session.config.data, session.out / "data.json"
+    for role, dataset in session.datasets.items():
+        if dataset.classes != session.train.classes:
+            split = session.splits[role]
+            raise InputError(f"{data.root}: expected the split {split!r} to have the classes of {data.train!r}")
+    if read_json(path) != session.fingerprints:
+        # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
+        different = {dataset.entries: dataset for dataset in session.datasets.values()}.values()
+        problems = [line for dataset in different for line in check(dataset, progress=session.machine.progress)]
+        if problems:
+            raise InputError("\n".join(dict.fromkeys(problems)))
+    write_text(session.out / "config.toml", session.config.to_toml(session.out))
+    write_json(path, session.fingerprints)
 
 
-_BODIES: dict[str, Body] = {
-    "warmup": _warmup,
-    "cacl": _cacl,
-    "cams": _cams,
-    "irn": _irn,
-    "masks": _masks,
-    "segment": _segment,
-    "predict": _predict,
-    "report": _report,
-}
+def _do(session: Session, stage: Stage[Any], later: Chain, *, resume: bool, callback: Callback | None) -> None:
+    """One stage, unless it is finished, and its evaluation, unless that is known."""
+    name, files, key = stage.name, session.files, session.key(stage.name)
+    state = rank_zero(lambda: _begin(session, stage, later, resume=resume))
+    if not state.finished:
+        journal = Journal(
+            files.checkpoint(name), key, files.log, callback, session.config.run.checkpoint_seconds
+        )  # fmt: skip
+        with measured(files.costs, name, again=not state) as cost:
+            stage.run(session, session.settings(stage), session.folder(name), journal)
+        rank_zero(lambda: files.end(name, key))
+        logger.info("%s: finished in %.0f s", name, cost["seconds"])
+    _evaluate(session, stage)
+
+
+def _begin(session: Session, stage: Stage[Any], later: Chain, *, resume: bool) -> State:
+    """What is known of a stage with these settings, in the way of which nothing lies; empty if it begins anew."""
+    name, files, key = stage.name, session.files, session.key(stage.name)
+    state = files.state(name)
+    if resume and state.key == key:
+        if state.finished:
+            logger.info("%s: finished before", name)
+            files.forget_checkpoint(name)  # left by a kill just after the stage
+        return state
+    if state:
+        reason = "its settings or data changed" if resume else "that was asked for"
+        logger.info("%s: done again, since %s", name, reason)
+    files.begin(stage, later, key)
+    return State()
+
+
+def _evaluate(session: Session, stage: Stage[Any]) -> None:
+    """Mean IoU of what a finished stage gives, on the images that it is scored on."""
+    dataset = session.datasets.get(stage.scored_on or "")
+    if stage.score is None or dataset is None or not dataset.masked:
+        return
+    name, settings, split = stage.name, session.settings(stage), session.splits[stage.scored_on or ""]
+    fingerprint = session.fingerprints[stage.scored_on or ""]
+    key = stage.score_key(session, settings, session.key(name), split, fingerprint)
+    if rank_zero(lambda: session.files.metrics.get(name, {}).get("key") == key):
+        return
+    score = replace(stage.score(session, settings, dataset), split=split)
+    order = [each.name for each in session.chain]
+    rank_zero(lambda: session.files.keep_score(name, score, key, order))
+    logger.info("%s: %s", name, score)

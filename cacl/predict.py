@@ -14,15 +14,18 @@ from PIL import Image
 from torch import nn
 
 from cacl._support.distributed import find_device
-from cacl._support.files import read_json, replacing
+from cacl._support.files import replacing
 from cacl._support.pool import usable_cores
-from cacl.config import Config, Predict
+from cacl.artifacts import save_mask
+from cacl.config import Config
 from cacl.crf import Backend, check_backend
 from cacl.errors import InputError, shown
 from cacl.images import Mask, Pixels
-from cacl.masks import save_mask
+from cacl.photos import Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
-from cacl.segment import Segmenter, load_segmenter, segment_photos
+from cacl.runs.folder import RunFolder
+from cacl.settings import Machine
+from cacl.stages.predict import Predict
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files of a folder that count as photos; a file that is named itself may end in anything."""
@@ -87,19 +90,17 @@ def predict(
     for target in [*targets, *(pictures or ())]:
         if (photo := known.get(_real(target))) is not None:
             raise InputError(f"{shown(photo)}: expected another folder `out`: this photo would be replaced")
-    backend = check_backend(backend)
-    settings = {"gaussian": table.gaussian, "bilateral": table.bilateral, "iterations": table.iterations}
-    settings |= {"backend": backend, "device": place if backend == "torch" else "cpu"}
+    check_backend(backend)
     cores = usable_cores()
     results = segment_photos(
         segmenter.net.to(place),
         [photo for photo, _ in found],
         _Writing(targets, pictures, segmenter.classes),
         longest=table.longest if longest is None else longest,
-        crf=settings if crf and table.iterations else None,
-        device=place,
-        workers=cores if workers is None else min(workers, cores),
-        progress=progress,
+        crf=table if crf else None,
+        machine=Machine(
+            device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
+        ),
     )
     made = []
     for index, result in results:
@@ -120,11 +121,11 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
     if not path.is_dir():
         return load_segmenter(path, backbone=backbone), Predict()
     stage = path / "segment"
-    if not (path / "config.toml").is_file() or read_json(stage / "stage.json").get("finished") is not True:
+    if not (path / "config.toml").is_file() or not RunFolder(path).finished("segment"):
         raise InputError(
             f"{path}: expected a run folder whose stage `segment` has finished, as {stage}/stage.json says"
         )
-    return load_segmenter(stage / "model.pt", backbone=backbone), Config.of_run(path).predict
+    return load_segmenter(stage / "model.pt", backbone=backbone), Config.of_run(path).table(Predict)
 
 
 def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str]]:

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cacl._support.checkpoint import restore
 from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
 from cacl._support.pending import Pending, short
-from cacl._support.pool import leave_signals, loaded, naming_dead_loaders
+from cacl._support.pool import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.signals import Interrupts
 from cacl._support.weights import save_state
 from cacl.datasets import Dataset
 from cacl.errors import InputError, NotFiniteError, expected
-from cacl.log import Callback, Log, Record
+from cacl.loading import Batch, load_batches, mixed, order
+from cacl.log import Callback, Journal, Log, Record
+from cacl.settings import Machine, Precision, Schedule, Training
 from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
-
-
-class Batch(NamedTuple):
-    """A batch as a step gets it."""
-
-    ids: list[str]
-    images: Tensor
-    """``(B, 3, crop, crop)`` float32, normalised with ImageNet's statistics, on the loop's device."""
-    labels: Tensor
-    """``(B, K)`` uint8, on the CPU, so that finding the present pairs waits for no device."""
-    masks: Tensor | None
-    """``(B, crop, crop)`` uint8 on the CPU; None unless the loop was asked for masks."""
-    share: float = 1.0
-    """What a mean over these images counts for: 1 in one process, and over all processes 1 on average."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +54,47 @@ class Loop:
     epochs: float
     batch_size: int
     view: RandomView
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     seed: int = 0
     workers: int = 0
     device: torch.device | str = "cpu"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     checkpoint_seconds: float = 60.0
     masks: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, _SCHEDULES)
-        check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        check_choice("precision", self.precision, get_args(Precision))
         if self.epochs < 0 or not math.isfinite(self.epochs):
             raise expected("epochs", "a number of at least 0", self.epochs)
         if self.batch_size < 1:
             raise expected("batch_size", "at least 1", self.batch_size)
+
+    @classmethod
+    def of(
+        cls,
+        settings: Training,
+        *,
+        seed: int = 0,
+        machine: Machine = Machine(),
+        masks: bool = False,
+        checkpoint_seconds: float = 60.0,
+    ) -> Loop:
+        """The loop that a stage's table describes."""
+        return cls(
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            view=RandomView(settings.crop, scale=settings.scale),
+            schedule=settings.schedule,
+            seed=seed,
+            workers=machine.workers,
+            device=machine.device,
+            precision=machine.precision,
+            checkpoint_seconds=checkpoint_seconds,
+            masks=masks,
+            progress=machine.progress,
+        )
 
     def steps(self, images: int) -> int:
         return math.ceil(self.epochs * images / self.batch_size)
@@ -165,7 +177,15 @@ def train(
             callback(record)
         bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
 
-    batches = _batches(dataset, loop, start, steps)
+    batches = load_batches(
+        dataset, loop.view, batch_size=loop.batch_size, seed=loop.seed, steps=range(start, steps), masks=loop.masks,
+        workers=loop.workers, device=device,
+    )  # fmt: skip
+
+    def ids(number: int) -> list[str]:
+        """What the images of a step are called, those of the other processes included."""
+        return [dataset.entries[i].id for _, i in next(order(len(dataset), loop.batch_size, loop.seed, [number]))]
+
     bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
     pending = Pending(name, emit)
     saved = clock = time.monotonic()
@@ -173,7 +193,7 @@ def train(
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
         for number, batch in enumerate(bar, start=start):
-            torch.manual_seed(_mix(loop.seed, "step", number, *([rank()] if rank() else [])))
+            torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
             factor = _SCHEDULES[loop.schedule](number / steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -192,7 +212,7 @@ def train(
                 "images_per_second": short(loop.batch_size / max(now - clock, 1e-9)),
             }
             clock = now
-            pending.add(record, _ids(dataset, loop, number), terms, interrupts.came)
+            pending.add(record, partial(ids, number), terms, interrupts.came)
             stopping = pending.due(pending.stop, number + 1) or (world_size() == 1 and interrupts.came)
             if stopping or now - saved > loop.checkpoint_seconds:
                 pending.flush()
@@ -245,80 +265,46 @@ def _distributed(
     return DistributedDataParallel(_Whole(step, modules), static_graph=True)
 
 
-class _Views(torch.utils.data.Dataset[Any]):
-    """Augmented samples by (epoch, index)."""
-
-    def __init__(self, dataset: Dataset, loop: Loop) -> None:
-        self.dataset, self.view, self.seed, self.masks = dataset, loop.view, loop.seed, loop.masks
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, index))
-        try:
-            mask = self.dataset.mask(index) if self.masks else None
-            image, mask_view = self.view(self.dataset.image(index), mask, generator=generator)
-        except InputError as error:
-            return error  # raised by the loop: a worker would wrap it in its traceback
-        return self.dataset.entries[index].id, image, self.dataset.labels(index), mask_view
-
-
-def _order(images: int, loop: Loop, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
-    """The (epoch, index) keys of each step's batch: one permutation an epoch, drawn from (seed, epoch)."""
-    epoch, order = -1, []
-    for number in range(start, steps):
-        keys = []
-        for position in range(number * loop.batch_size, (number + 1) * loop.batch_size):
-            if position // images != epoch:
-                epoch = position // images
-                generator = torch.Generator().manual_seed(_mix(loop.seed, "order", epoch))
-                order = torch.randperm(images, generator=generator).tolist()
-            keys.append((epoch, order[position % images]))
-        yield keys
-
-
-def _ids(dataset: Dataset, loop: Loop, number: int) -> Callable[[], list[str]]:
-    """What the images of a step are called, those of the other processes included."""
-    return lambda: [dataset.entries[i].id for _, i in next(_order(len(dataset), loop, number, number + 1))]
-
-
-def _batches(dataset: Dataset, loop: Loop, start: int, steps: int) -> Iterator[Batch]:
-    device = torch.device(loop.device)
-    loader = DataLoader(
-        _Views(dataset, loop),
-        batch_sampler=(keys[rank() :: world_size()] for keys in _order(len(dataset), loop, start, steps)),
-        num_workers=loop.workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals,
-        generator=torch.Generator(),  # else the loader draws from the global one
-    )
-    for batch in loaded(loader):
-        if isinstance(batch, InputError):
-            raise batch
-        images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield batch._replace(images=images, share=len(batch.ids) * world_size() / loop.batch_size)
-
-
-def _collate(samples: Sequence[Any]) -> Batch | InputError:
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-    ids, images, labels, masks = zip(*samples, strict=True)
-    return Batch(
-        list(ids),
-        torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
-        torch.stack(labels),
-        torch.stack(masks) if masks[0] is not None else None,
-    )
-
-
-def _mix(*parts: object) -> int:
-    """A seed that depends on all the parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
 _SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "poly": lambda done: (1 - done) ** 0.9,
     "constant": lambda done: 1.0,
 }
+
+
+def fit(
+    step: Callable[[Batch], Mapping[str, Tensor]],
+    modules: Mapping[str, nn.Module],
+    groups: list[dict[str, Any]],
+    dataset: Dataset,
+    settings: Training,
+    *,
+    name: str,
+    masks: bool = False,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    journal: Journal = Journal(),
+) -> None:
+    """:func:`train` by SGD with the settings of a stage's table, as every stage of this package that trains does it.
+
+    Args:
+        step: as for :func:`train`, like the next one.
+        modules: in training mode.
+        groups: parameters with their learning rates, as an optimiser takes them.
+        dataset: the training images.
+        settings: the table.
+        name: the stage.
+        masks: whether a step needs the masks of ``dataset``.
+        seed: of everything that is random.
+        machine: where it is computed.
+        journal: log and checkpoint.
+    """
+    # Fused on a GPU: gradient scaling then needs no look at the device.
+    optimizer = torch.optim.SGD(
+        groups, lr=0.1, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=machine.on_gpu
+    )
+    loop = Loop.of(settings, seed=seed, machine=machine, masks=masks, checkpoint_seconds=journal.checkpoint_seconds)
+    train(
+        step, modules, optimizer, dataset, loop, name=name,
+        checkpoint=journal.checkpoint, key=journal.key, log=journal.log, callback=journal.callback,
+    )  # fmt: skip

@@ -23,8 +23,7 @@ from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.listing import VOC_CLASSES
 from cacl.errors import InputError, expected, shown
-from cacl.images import open_image
-from cacl.pictures import palette
+from cacl.images import VOC_COLOURS, open_image
 
 
 def export_voc(
@@ -97,7 +96,7 @@ def export_voc(
 _SHOWN = 20
 """Problems that are listed; the rest are counted."""
 
-_COLOURS = palette(1 + len(VOC_CLASSES)).ravel().tolist()
+_COLOURS = VOC_COLOURS[: 1 + len(VOC_CLASSES)].ravel().tolist()
 
 
 def _read_ids(lists: Path, split: str) -> tuple[list[str], list[str]]:
@@ -141,7 +140,7 @@ def _check(path: Path, photo: Path) -> tuple[list[str], bytes]:
     height, width = pixels.shape[:2]
     if size is not None and size != (width, height):
         problems.append(f"{path}: expected {size[0]}×{size[1]} pixels as the photo, but got {width}×{height}")
-    mend = "write masks as cacl.masks.save_mask does"
+    mend = "write masks as cacl.artifacts.save_mask does"
     if colours is None or depth != 8:
         problems.append(f"{path}: expected a palette PNG of 8 bits, but got mode {mode}, depth {depth}; {mend}")
         return problems, b""

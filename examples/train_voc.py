@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from cacl.cams import evaluate_cams, make_cams, train_classifier
 
 from cacl import (
     BackgroundSet,
@@ -21,7 +22,6 @@ from cacl import (
     load_encoder,
     split_regions,
 )
-from cacl.cams import evaluate_cams, make_cams, train_classifier
 from cacl.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cacl.datasets import VOC
 from cacl.training import Batch, Log, Loop, train

@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 
 import torch
+from cacl.cams import train_cacl, train_classifier
+from cacl.masks import train_irnet
+from cacl.segment import train_segmenter
 from conftest import TinyEncoder
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, CAMNet
 from cacl._support.distributed import process_group, rank, world_size
-from cacl.cams import train_cacl, train_classifier
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
 from cacl.irn import IRNet
-from cacl.masks import train_irnet
-from cacl.segment import train_segmenter
 from cacl.training import Loop, _order
 from cacl.transforms import RandomView
 

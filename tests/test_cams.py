@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from cacl.cams import evaluate_cams, load_cams, make_cams
 from conftest import TinyBackbone
 from drawn import write_csv
 from torch import nn
 
 from cacl import CAMNet
-from cacl.cams import evaluate_cams, load_cams, make_cams
 from cacl.datasets import CSVDataset
 from cacl.transforms import normalize
 

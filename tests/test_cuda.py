@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cacl.cams import train_cacl, train_classifier
+from cacl.masks import train_irnet
+from cacl.segment import segment_photos, train_segmenter
 from conftest import TinyEncoder
 from drawn import picture, write_csv
 from test_pipeline import run
 from torch import nn
 
 from cacl import BackgroundSet, BGSuppressionLoss, CACLLoss, CAMNet, bg_suppression_loss, itc_loss, region_loss
-from cacl.cams import train_cacl, train_classifier
 from cacl.crf import dense_crf
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2, segmentation_loss
 from cacl.irn import IRNet, affinity_loss
-from cacl.masks import train_irnet
 from cacl.random_walk import propagate
-from cacl.segment import segment_photos, train_segmenter
 from cacl.training import Loop
 from cacl.transforms import RandomView
 

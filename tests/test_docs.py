@@ -26,6 +26,8 @@ import pytest
 import torch
 import torchvision
 from bad_files import png
+from cacl.cams import evaluate_cams, load_images
+from cacl.segment import load_segmenter, save_segmenter
 from conftest import TinyEncoder
 from drawn import picture, write_csv, write_voc
 from PIL import Image
@@ -33,7 +35,6 @@ from PIL import Image
 import cacl
 from cacl import BackgroundSet, CACLLoss, CAMNet, ablate, cli, load_encoder, pipeline
 from cacl._support.distributed import _reported
-from cacl.cams import evaluate_cams, load_images
 from cacl.config import Config, Training
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
@@ -41,7 +42,6 @@ from cacl.figures.style import check_report
 from cacl.irn import IRNet
 from cacl.pictures import palette
 from cacl.scenes import generate
-from cacl.segment import load_segmenter, save_segmenter
 from cacl.voc_archive import export_voc
 
 ROOT = Path(__file__).parents[1]

@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 from bad_files import Build, all_of, change, folder, link, nothing, pipe, put
+from cacl.cams import load_cams
+from cacl.masks import save_mask
 from drawn import write_csv, write_voc
 
-from cacl.cams import load_cams
 from cacl.cli import main
 from cacl.errors import shown
 from cacl.images import read_mask
 from cacl.log import _peak_mb
-from cacl.masks import save_mask
 
 PAGE = Path(__file__).parents[1] / "docs/results/hostile-input.md"
 SECONDS, MEGABYTES = 20, 700

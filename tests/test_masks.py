@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cacl.cams import ImageCAMs, evaluate_cams, load_cams, save_cams
+from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk, walk_cams
 from drawn import write_csv
 from PIL import Image
 
-from cacl.cams import ImageCAMs, evaluate_cams, load_cams, save_cams
 from cacl.datasets import CSVDataset, Dataset
 from cacl.images import read_mask
 from cacl.irn import IRNet, mine_labels
-from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk, walk_cams
 from cacl.metrics import ConfusionMatrix
 from cacl.pictures import palette
 from cacl.random_walk import propagate

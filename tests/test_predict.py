@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cacl.segment import save_segmenter
 from PIL import Image
 
 from cacl.cli import main
@@ -12,7 +13,6 @@ from cacl.config import Config
 from cacl.deeplab import DeepLabV2
 from cacl.pictures import legend, overlay, palette
 from cacl.predict import predict
-from cacl.segment import save_segmenter
 
 CLASSES = ("boat", "train", "a <bus> with a very long name")
 

@@ -12,14 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from cacl._session import Session
+from cacl.masks import save_mask
 from conftest import TinyBackbone, TinyEncoder
 from drawn import write_csv
 from PIL import Image
 
 from cacl import ablate, pipeline
-from cacl._session import Session
 from cacl.config import Config
-from cacl.masks import save_mask
 from cacl.report import report, write_report
 
 SETTINGS = [

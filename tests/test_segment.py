@@ -5,14 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import TinyBackbone
-from drawn import write_csv
-from PIL import Image
-from torch.nn import functional as F
-
-from cacl.datasets import CSVDataset
-from cacl.deeplab import DeepLabV2
-from cacl.metrics import ConfusionMatrix
 from cacl.segment import (
     evaluate_segmenter,
     load_segmenter,
@@ -22,6 +14,14 @@ from cacl.segment import (
     segment_photos,
     train_segmenter,
 )
+from conftest import TinyBackbone
+from drawn import write_csv
+from PIL import Image
+from torch.nn import functional as F
+
+from cacl.datasets import CSVDataset
+from cacl.deeplab import DeepLabV2
+from cacl.metrics import ConfusionMatrix
 from cacl.training import Loop
 from cacl.transforms import RandomView, normalize
 

@@ -8,10 +8,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from cacl.masks import save_mask
 from PIL import Image
 
 from cacl import voc_archive
-from cacl.masks import save_mask
 from cacl.voc_archive import export_voc
 
 IDS = ["2008_000006", "2008_000011", "2008_000012"]

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from cacl.constants import IGNORE
 from cacl.errors import InputError, expected
 from cacl.figures.style import (
     INK,
     MUTED,
     SERIES,
-    STAGES,
     WIDTH,
     add_curve,
     duration,
@@ -27,6 +25,7 @@ from cacl.figures.style import (
 )
 from cacl.images import Pixels
 from cacl.pictures import palette
+from cacl.stages.chain import CHAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,13 +130,19 @@ def miou_bars(
 
 
 @styled
-def loss_curves(records: Sequence[Mapping[str, Any]], *, weights: Mapping[str, float] | None = None) -> Figure:
+def loss_curves(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    weights: Mapping[str, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> Figure:
     """The loss of every stage that trains over its epochs, smoothed, with the measured curve faint behind.
 
     Args:
         records: of ``log.jsonl``.
         weights: of the terms ``itc``, ``bgs``, ``region`` in the loss of CA-CL (eq. 14); with them the terms are drawn
             as they add up to the loss, else not at all.
+        titles: stage -> what it is called; as CA-CL's stages are by default.
 
     Returns:
         A panel for each stage.
@@ -151,7 +156,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]], *, weights: Mapping[str, f
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, stage in zip(grid, stages, strict=False):
         own = [r for r in records if r.get("stage") == stage]
-        axes.set_title(f"Loss: {STAGES.get(stage, stage)}")
+        axes.set_title(f"Loss: {_title(stage, titles)}")
         parts = {"loss": ("loss", 1.0)}
         if stage == "cacl" and weights:
             parts |= {
@@ -208,11 +213,12 @@ def selection_curves(records: Sequence[Mapping[str, Any]], *, templates: Sequenc
 
 
 @styled
-def stage_costs(costs: Mapping[str, Mapping[str, float]]) -> Figure:
+def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str, str] | None = None) -> Figure:
     """Time and peak memory of each stage as horizontal bars.
 
     Args:
         costs: as in ``times.json``: stage -> ``seconds``, and ``memory_mb`` in megabytes where it is known.
+        titles: stage -> what it is called; as CA-CL's stages are by default.
     """
     keys = [key for key in ("seconds", "memory_mb") if any(key in cost for cost in costs.values())]
     if not keys:
@@ -230,7 +236,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.set(title=titles[key], xlim=(0, 1.2 * longest), ylim=(len(values) - 0.4, -0.6), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.grid(visible=False)
-        axes.set_yticks(range(len(values)), [STAGES.get(stage, stage) for stage in costs])
+        axes.set_yticks(range(len(values)), [_title(stage, titles) for stage in costs])
         axes.tick_params("y", labelcolor=INK)
     return figure
 
@@ -250,7 +256,7 @@ def photo_grid(
     Args:
         titles: of the columns.
         rows: each a caption and an ``(H, W, 3)`` uint8 picture for every column.
-        legend: mask value -> class name, shown below in the colours of PASCAL VOC.
+        legend: mask value -> class name, shown below in the colours of its masks.
         height: of a picture in inches; none is wider than 3/2 of that.
     """
     if not rows or any(len(pictures) != len(titles) for _, pictures in rows):
@@ -278,13 +284,17 @@ def photo_grid(
             axes.imshow(picture, aspect="auto", interpolation="none")
             axes.set_axis_off()
     colours = palette() / 255
-    colours[IGNORE] = 1  # as overlay() shows it
     for i, (value, name) in enumerate(entries):
         left = gap + (i % columns) * (width / columns)
         y = (foot - (i // columns + 0.5) * line) / tall
         figure.text(left / width, y, "■", va="center", color=tuple(colours[value]), fontsize=12)
         figure.text((left + 0.18) / width, y, name, va="center")
     return figure
+
+
+def _title(stage: str, titles: Mapping[str, str] | None) -> str:
+    known = {each.name: each.title for each in CHAIN} if titles is None else titles
+    return known.get(stage, stage)
 
 
 def _fitted(size: tuple[int, ...], height: float) -> tuple[float, float]:

@@ -24,9 +24,6 @@ SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a
 """Colours of the data, told apart with any colour vision (Okabe and Ito 2008)."""
 WIDTH = 9.6
 """Of a chart, in inches."""
-STAGES = {"warmup": "warm-up", "cacl": "CA-CL", "cams": "CAMs", "irn": "IRNet", "masks": "pseudo masks"}
-STAGES |= {"segment": "segmentation", "predict": "prediction", "report": "report"}
-"""Stage -> what it is called."""
 _STYLE: dict[str, Any] = {
     "font.size": 9.0, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
     "figure.facecolor": PAPER, "axes.facecolor": "none", "savefig.dpi": 150,

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from cacl import __version__
-from cacl._session import Session
 from cacl._support.checks import check_positive
 from cacl._support.files import replacing, write_text
 from cacl.config import Config
@@ -20,6 +19,9 @@ from cacl.report import sections
 from cacl.report.galleries import cam_gallery, open_ablation, segmentation_gallery, step_gallery
 from cacl.report.gallery import Gallery
 from cacl.report.page import Page, render
+from cacl.runs.session import Session
+from cacl.stages.chain import CHAIN, Chain
+from cacl.stages.contrast import CACL
 
 logger = logging.getLogger("cacl")
 
@@ -40,6 +42,7 @@ def report(
     encoder: ImageTextEncoder | None = None,
     backbone: nn.Module | None = None,
     device: str | None = None,
+    chain: Chain = CHAIN,
 ) -> Path:
     """Write the report of a run folder, as far as the run has come.
 
@@ -51,6 +54,7 @@ def report(
         encoder: what was given to :func:`cacl.pipeline.run`.
         backbone: what was given to :func:`cacl.pipeline.run`.
         device: a torch device; by default the run's own.
+        chain: that of the run.
 
     Returns:
         The HTML file.
@@ -60,13 +64,13 @@ def report(
         ImportError: if the extra for it is missing.
     """
     check_report()
-    config = Config.of_run(Path(run))
+    config = Config.of_run(Path(run), chain=chain)
     if images is not None:
         check_positive("images", images)
         config = config.changed({"report": {"images": images}})
     if device is not None:
         config = config.changed({"run": {"device": device}})
-    session = Session(config, encoder, backbone, None)
+    session = Session(config, encoder, backbone)
     target = Path(out) if out is not None else session.out / "report"
     if target.suffix == ".html":
         return _write(session, target, _galleries(session), ablation)
@@ -109,7 +113,7 @@ def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablat
     compared = open_ablation(session, Path(ablation) if ablation is not None else beside)
     if ablation is not None and compared is None:
         raise InputError(f"{ablation}: expected the folder of an ablation with a finished training of table 4 or 5")
-    scores = sections.scores(session.metrics)
+    scores = sections.scores(session)
     parts = [
         sections.training(session),
         sections.classes(session, compared),
@@ -137,7 +141,7 @@ def _facts(session: Session) -> list[tuple[str, str]]:
     encoder, backbone = (
         type(own).__name__ if own is not None else "" for own in (session.given_encoder, session.given_backbone)
     )
-    if config.cacl.beta == 0:
+    if session.table(CACL).beta == 0:
         suppressed = "no background words"
     else:
         count = f"{words.n}" if words.n else "the default"

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacl._session import Session
-from cacl._support.files import read_json
-from cacl.cams import ImageCAMs, load_cams, predict_cams
+from cacl.artifacts import ImageCAMs, cams_of
 from cacl.config import Config
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
 from cacl.errors import InputError
 from cacl.images import Mask, Pixels, read_mask
-from cacl.masks import refine_cams
 from cacl.metrics import ConfusionMatrix
+from cacl.paper_tables import folders, variants
 from cacl.pictures import heatmap, threshold
 from cacl.report.gallery import Gallery
+from cacl.runs.session import Session
+from cacl.settings import Prompts, Report
+from cacl.stages.cams import CAMs, camnet, predict_cams
+from cacl.stages.irn import IRN, refine_cams
 
 logger = logging.getLogger("cacl")
 
@@ -32,20 +34,26 @@ def cam_gallery(session: Session) -> Gallery | None:
 
 def step_gallery(session: Session) -> Gallery | None:
     """The steps from CAM to pseudo mask, of training images."""
-    dataset, cams = session.train, session.out / "cams" / "train"
+    dataset = session.train
+    if not _has(session, "cams"):
+        return None
+    cams = session.folder("cams") / "train"
     chosen = [i for i in _chosen(session, dataset) if (cams / f"{dataset.entries[i].id}.npz").is_file()]
     if not chosen:
         return None
-    kept = {"mined labels": "irn/labels", "pseudo mask": "masks/train"}
-    kept = {title: folder for title, folder in kept.items() if (session.out / folder).is_dir()}
+    places = {"mined labels": ("irn", "labels"), "pseudo mask": ("masks", "train")}
+    kept = {
+        title: folder
+        for title, (stage, name) in places.items()
+        if _has(session, stage) and (folder := session.folder(stage) / name).is_dir()
+    }
     titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", *kept]
     gallery = Gallery(dataset, [*titles, *_truth_title(dataset, chosen)])
-    crf = session.crf(session.config.irn)
-    for i, refined in refine_cams(dataset, cams, chosen, background_score=BACKGROUND_SCORE, **crf):
+    for i, refined in refine_cams(dataset, cams, chosen, session.table(IRN), machine=session.machine):
         photo, id = _photo(dataset, i), dataset.entries[i].id
-        found = load_cams(cams / f"{id}.npz", len(dataset.classes))
+        found = cams_of(dataset, cams, i)
         maps = found.resized(photo.shape[:2])
-        masks = (_mask(session.out / folder / f"{id}.png", photo) for folder in kept.values())
+        masks = (_mask(folder / f"{id}.png", photo) for folder in kept.values())
         own = [photo, heatmap(photo, maps), threshold(found.classes, maps), refined, *masks]
         gallery.add(i, [*own, *_truth(gallery, i)])
     return gallery
@@ -53,9 +61,10 @@ def step_gallery(session: Session) -> Gallery | None:
 
 def segmentation_gallery(session: Session) -> Gallery | None:
     """CAM, its mask and the segmenter's prediction (the paper's figure 5), of the images that it was applied to."""
-    dataset, folder = predicted(session), session.out / "predict" / "eval"
+    dataset = predicted(session)
     if dataset is None:
         return None
+    folder = session.folder("predict") / "eval"
     chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
     labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
@@ -75,9 +84,10 @@ def segmentation_gallery(session: Session) -> Gallery | None:
 def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
     """The images that the segmenter does best and worst, by the mean IoU over what occurs in each; best and worst
     come first."""
-    dataset, folder = predicted(session), session.out / "predict" / "eval"
+    dataset = predicted(session)
     if dataset is None:
         return None
+    folder = session.folder("predict") / "eval"
     scores: list[tuple[float, int]] = []
     for i, entry in enumerate(dataset.entries):
         path = folder / f"{entry.id}.png"
@@ -86,7 +96,7 @@ def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
             matrix.update(dataset.mask(i).numpy(), read_mask(path).numpy())
             if (score := matrix.miou) == score:  # NaN where all is ignored
                 scores.append((score, i))
-    count = min(session.config.report.images, len(scores) // 2, 4)
+    count = min(session.table(Report).images, len(scores) // 2, 4)
     if not count:
         return None
     scores.sort()
@@ -111,19 +121,17 @@ class Ablation:
 
     def iou(self) -> dict[str, dict[str, float]]:
         """Template -> class -> IoU."""
-        known = {name: session.metrics.get("cacl") for name, session in self.templates.items()}
-        return {name: metrics["iou"] for name, metrics in known.items() if metrics}
+        known = {name: session.files.scores().get("cacl") for name, session in self.templates.items()}
+        return {name: dict(score.iou) for name, score in known.items() if score}
 
 
 def open_ablation(session: Session, folder: Path) -> Ablation | None:
     """What :func:`cacl.ablate.run` left in a folder, as far as its trainings are finished; None for nothing."""
-    from cacl import ablate  # which builds on the pipeline, which builds on this
-
     for seed in sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name)):
         try:
             config = Config.of_run(seed / "start")
-            names = ablate._folders(config)
-            variants = {table: ablate.variants(config, table) for table in ("4", "5")}
+            names = folders(config)
+            variants = {table: variants(config, table) for table in ("4", "5")}
         except InputError as error:
             logger.info("report: without %s: %s", seed, error)
             continue
@@ -133,10 +141,11 @@ def open_ablation(session: Session, folder: Path) -> Ablation | None:
             for variant in rows:
                 out = seed / names[repr(variant.changes)]
                 changed = config.changed(variant.changes).changed({"run": {"out": out}})
-                own = Session(changed, session.given_encoder, session.given_backbone, None)
-                if finished(own, "cacl") and set(own.metrics.get("cacl", {}).get("iou", ())) <= known:
+                own = Session(changed, session.given_encoder, session.given_backbone)
+                score = own.files.scores().get("cacl")
+                if finished(own, "cacl") and set(score.iou if score else ()) <= known:
                     own.train = session.train  # the same classes, or the weights do not fit
-                    single = changed.prompts.templates if variant.name.startswith("only") else ()
+                    single = changed.table(Prompts).templates if variant.name.startswith("only") else ()
                     found[table][single[0] if single else "DCPS" if table == "4" else variant.name] = own
         if any(found.values()):
             return Ablation(config.run.seed, found["4"], found["5"])
@@ -154,7 +163,12 @@ def ablation_galleries(session: Session, ablation: Ablation) -> tuple[Gallery | 
 
 def finished(session: Session, stage: str) -> bool:
     """Whether a stage has finished."""
-    return read_json(session.out / stage / "stage.json").get("finished") is True
+    return _has(session, stage) and session.files.finished(session.stage(stage).name)
+
+
+def _has(session: Session, stage: str) -> bool:
+    """Whether the chain has a stage, or one that stands for it."""
+    return any(stage in (each.name, *each.stands_for) for each in session.chain)
 
 
 def predicted(session: Session) -> Dataset | None:
@@ -164,8 +178,8 @@ def predicted(session: Session) -> Dataset | None:
 
 def prediction_title(session: Session) -> str:
     """What the masks of the stage ``predict`` are."""
-    metrics = session.metrics.get("predict", {})
-    return f"{metrics.get('what', 'segmentation')}{' + CRF' if metrics.get('crf') else ''}"
+    score = session.files.scores().get("predict")
+    return f"{score.what}{' + CRF' * score.crf}" if score else "segmentation"
 
 
 def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, masks: bool = True) -> Gallery | None:
@@ -188,11 +202,11 @@ def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, 
 
 
 def _cams(session: Session, stage: str, dataset: Dataset, chosen: Sequence[int]) -> dict[int, ImageCAMs]:
-    return dict(predict_cams(session.net(stage), dataset, chosen, **session.inference))
+    return dict(predict_cams(camnet(session, stage), dataset, chosen, session.table(CAMs), machine=session.machine))
 
 
 def _chosen(session: Session, dataset: Dataset) -> list[int]:
-    count = min(session.config.report.images, len(dataset))
+    count = min(session.table(Report).images, len(dataset))
     return [i * len(dataset) // count for i in range(count)]
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cacl.constants import IGNORE
 from cacl.figures.style import check_report
 from cacl.images import Pixels
 from cacl.pictures import palette
 from cacl.report.gallery import Gallery
+from cacl.stages.stage import Score
 
 if TYPE_CHECKING:
     pass
@@ -23,32 +23,6 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 _LARGEST = (300, 225)
 """Width and height in pixels of a photo on the page at most."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A line of the table of results."""
-
-    stage: str
-    what: str
-    miou: float
-    split: str
-    images: int
-    background_score: float | None
-    crf: bool
-    oracle: tuple[float, float] | None = None
-    """The best background score and its mean IoU."""
-
-    @property
-    def conditions(self) -> str:
-        """What the number needs beside it."""
-        return f"{self.split}, {self.images} images, {self.settings}"
-
-    @property
-    def settings(self) -> str:
-        """How the mask was made."""
-        score = "" if self.background_score is None else f"background score {self.background_score:g}, "
-        return f"{score}{'CRF' if self.crf else 'no CRF'}"
 
 
 @dataclass(frozen=True)
@@ -113,4 +87,4 @@ def picture_uri(pixels: Pixels) -> str:
 
 def _colour(value: int) -> str:
     """The colour of a mask value in CSS; white for what is ignored."""
-    return "#ffffff" if value == IGNORE else "#" + palette()[value].tobytes().hex()
+    return f"#{palette()[value].tobytes().hex()}"

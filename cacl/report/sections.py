@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from cacl import figures
-from cacl._session import Session
 from cacl._support.files import read_json
 from cacl.constants import BACKGROUND_SCORE
 from cacl.errors import InputError
@@ -14,24 +13,27 @@ from cacl.figures.style import duration
 from cacl.report.charts import chart
 from cacl.report.galleries import Ablation, ablation_galleries, prediction_title, ranked_galleries
 from cacl.report.gallery import Gallery
-from cacl.report.page import Block, Score, Section
+from cacl.report.page import Block, Section
+from cacl.runs.session import Session
+from cacl.settings import Prompts
+from cacl.stages.contrast import CACL
+from cacl.stages.stage import Score
 
-_NAMES = {"warmup": "CAM after the warm-up", "cacl": "CAM after CA-CL", "cams": "CAM of the training images"}
 _ABLATE = "cacl ablate CONFIG --tables 4,5"
 
 
-def scores(metrics: Mapping[str, Any]) -> list[Score]:
-    """Every mean IoU of ``metrics.json``."""
+def scores(session: Session) -> list[Score]:
+    """Every mean IoU of ``metrics.json``, under the name that a stage has for it."""
     found = []
-    for stage, own in metrics.items():
-        if own["miou"] is None:  # every pixel is ignored
+    for name, score in session.files.scores().items():
+        if score.miou is None:  # every pixel is ignored
             continue
-        crf, what = bool(own.get("crf")), own.get("what", stage)
-        name = _NAMES.get(stage) or (f"{what} + CRF" if stage == "predict" and crf else what)
-        common = (str(own.get("split", "")), int(own.get("images", 0)), own.get("background_score"))
-        if walk := own.get("walk"):
-            found.append(Score(stage, "Random walk alone", walk["miou"], *common, False, _oracle(walk)))
-        found.append(Score(stage, name[:1].upper() + name[1:], own["miou"], *common, crf, _oracle(own)))
+        shown = next((stage.shown for stage in session.chain if stage.name == name), "") or score.what
+        shown = shown.replace("{crf}", " + CRF" if score.crf else "")
+        for step, what in ((score.walk, ""), (score, shown)):
+            if step is not None:
+                what = what or step.what
+                found.append(replace(step, what=what[:1].upper() + what[1:]))
     return found
 
 
@@ -43,7 +45,10 @@ def tiles(known: Sequence[Score]) -> list[tuple[Score, str]]:
         if (score := last.get(stage)) is not None:
             before, gain = last.get("warmup"), ""
             if stage == "cacl" and before is not None and before.conditions == score.conditions:
-                gain = f"{100 * (score.miou - before.miou):+.1f}".replace("-", "−") + " points over the warm-up"
+                gain = (
+                    f"{100 * ((score.miou or 0) - (before.miou or 0)):+.1f}".replace("-", "−")
+                    + " points over the warm-up"
+                )
             shown.append((score, gain))
     return shown
 
@@ -54,10 +59,10 @@ def chain(known: Sequence[Score]) -> str:
         return ""
     figure = figures.miou_bars(
         [score.what for score in known],
-        [score.miou for score in known],
+        [score.miou or 0.0 for score in known],
         groups=[score.split for score in known],
         notes=[score.conditions for score in known],
-        oracles=[score.oracle[1] if score.oracle else None for score in known],
+        oracles=[score.oracle.miou if score.oracle else None for score in known],
     )
     return chart(figure, "Mean IoU along the chain")
 
@@ -65,10 +70,12 @@ def chain(known: Sequence[Score]) -> str:
 def training(session: Session) -> Section:
     """Curves."""
     section = Section("training", "Training", "Thin: the measured steps. Thick: their running mean.")
-    records, table = session.log.records(), session.config.cacl
+    records, table = session.files.log.records(), session.table(CACL)
     if any("loss" in record for record in records):
         weights = {"itc": table.alpha, "bgs": table.beta, "region": table.gamma}
-        drawn = chart(figures.loss_curves(records, weights=weights), "Loss of each stage over the epochs")
+        drawn = chart(
+            figures.loss_curves(records, weights=weights, titles=titles(session)), "Loss of each stage over the epochs"
+        )
         about = "The loss of each stage that trains."
         if any(record.get("stage") == "cacl" for record in records):
             about += (
@@ -77,7 +84,7 @@ def training(session: Session) -> Section:
             )
         section.blocks.append(Block(about, drawn))
     if any(record.get("stage") == "cacl" for record in records):
-        figure = figures.selection_curves(records, templates=session.config.prompts.templates)
+        figure = figures.selection_curves(records, templates=session.table(Prompts).templates)
         about = (
             "Left: cosine of foreground and background with the text of the class (eq. 7), and the threshold θ. "
             "Middle: the share of the background prompts that reach θ (eq. 10). Right: how often each template "
@@ -90,12 +97,11 @@ def training(session: Session) -> Section:
 def classes(session: Session, ablation: Ablation | None) -> Section:
     """IoU of every class."""
     section = Section("classes", "IoU per class", "Bars of one chart are measured on the same images.")
-    metrics = {stage: own for stage, own in session.metrics.items() if own.get("iou")}
-    known = [score for score in scores(metrics) if score.what != "Random walk alone"]
+    known = [score for score in scores(session) if score.iou]
     for group in dict.fromkeys((score.split, score.images) for score in known):
         own = [score for score in known if (score.split, score.images) == group]
         drawn = chart(
-            figures.iou_bars({score.what: metrics[score.stage]["iou"] for score in own}),
+            figures.iou_bars({score.what: score.iou for score in own}),
             f"IoU of each class by stage, split {group[0]}",
         )
         settings = "; ".join(f"{score.what}: {score.settings}" for score in own)
@@ -108,7 +114,7 @@ def classes(session: Session, ablation: Ablation | None) -> Section:
         first = next(own for name, own in ablation.templates.items() if name in templates)
         about = (
             "By template: CAMs after CA-CL with one template alone, and with DCPS, which chooses one for every image "
-            f"and class (the paper's figure 2). Scored on {scores(first.metrics)[-1].conditions}; seed {ablation.seed}."
+            f"and class (the paper's figure 2). Scored on {scores(first)[-1].conditions}; seed {ablation.seed}."
         )
         figure = figures.iou_bars(templates, highlight="DCPS" if "DCPS" in templates else None)
         section.blocks.append(Block(about, chart(figure, "IoU of each class by template")))
@@ -186,16 +192,18 @@ def costs(session: Session) -> Section:
     section = Section("costs", "Time and memory", "What each stage took in this run, evaluation left out.")
     times = {
         stage: {key: float(value) for key, value in cost.items() if isinstance(value, int | float)}
-        for stage, cost in read_json(session.out / "times.json").items()
+        for stage, cost in read_json(session.files.costs).items()
         if isinstance(cost, dict)
     }
     if any("seconds" in cost for cost in times.values()):
         total = duration(sum(cost.get("seconds", 0.0) for cost in times.values()))
         about = f"{total} in all. Memory is the peak of the main process."
-        section.blocks.append(Block(about, chart(figures.stage_costs(times), "Time and memory of each stage")))
+        section.blocks.append(
+            Block(about, chart(figures.stage_costs(times, titles=titles(session)), "Time and memory of each stage"))
+        )
     return section
 
 
-def _oracle(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    oracle = metrics.get("oracle")
-    return (oracle["background_score"], oracle["miou"]) if oracle else None
+def titles(session: Session) -> dict[str, str]:
+    """Stage -> what people call it."""
+    return {stage.name: stage.title for stage in session.chain}

@@ -71,7 +71,14 @@ class Scene:
 
 
 def generate(
-    out: str | PathLike[str], *, train: int = 400, val: int = 100, size: int = 160, seed: int = 0, workers: int = 0
+    out: str | PathLike[str],
+    *,
+    train: int = 400,
+    val: int = 100,
+    size: int = 160,
+    seed: int = 0,
+    workers: int = 0,
+    progress: bool = True,
 ) -> Path:
     """Draw a data set: ``classes.txt``, ``dataset.csv``, ``images/``, ``masks/`` for
     :class:`cacl.datasets.CSVDataset`, ``backgrounds.json`` for :meth:`cacl.BackgroundSet.from_json`, and ``words/``,
@@ -85,6 +92,7 @@ def generate(
         size: side of the square images in pixels, at least 32.
         seed: decides everything that is drawn.
         workers: processes that draw; 0 draws in this one. Changes nothing in the result.
+        progress: show a progress bar where there is a terminal.
 
     Returns:
         The folder.
@@ -100,10 +108,9 @@ def generate(
     out = Path(out)
     marker = out / "scenes.json"
     settings = {"train": train, "val": val, "size": size, "seed": seed}
-    known = read_json(marker)
-    if known == {**settings, "complete": True}:
+    if is_drawn(out, **settings):
         return out
-    if not known and out.is_dir() and any(out.iterdir()):
+    if not marker.is_file() and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: expected an empty folder, or one with scenes, to draw scenes to")
     write_json(marker, {**settings, "complete": False})
     for folder in ("images", "masks", "words"):
@@ -114,11 +121,18 @@ def generate(
     loader: DataLoader[Any] = DataLoader(
         scenes, batch_size=None, num_workers=workers, worker_init_fn=leave_signals, generator=torch.Generator()
     )
-    drawn = watched(loaded(loader), total=len(scenes), desc="scenes", progress=True)
+    drawn = watched(loaded(loader), total=len(scenes), desc="scenes", progress=progress)
     rows = [",".join(row) for row in drawn]
     write_text(out / "dataset.csv", "\n".join(("image,labels,mask,split", *rows)) + "\n")
     write_json(marker, {**settings, "complete": True})
     return out
+
+
+def is_drawn(out: str | PathLike[str], *, train: int, val: int, size: int, seed: int) -> bool:
+    """Whether a folder holds just what :func:`generate` would draw."""
+    return read_json(Path(out) / "scenes.json") == {
+        "train": train, "val": val, "size": size, "seed": seed, "complete": True,
+    }  # fmt: skip
 
 
 class _Scenes(torch.utils.data.Dataset[Any]):

@@ -1,0 +1,143 @@
+"""Images and batches through processes that load them; what is random about a sample follows from its place alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cacl._support.distributed import rank, world_size
+from cacl._support.pool import leave_signals, loaded
+from cacl.datasets import Dataset
+from cacl.errors import InputError
+from cacl.transforms import RandomView, normalize
+
+
+def load_images(
+    dataset: Dataset, indices: Sequence[int], workers: int, *, pinned: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(index, normalised ``(3, H, W)``) of some images, loaded by ``workers`` processes, ``pinned`` for a GPU."""
+    loader = DataLoader(
+        _Images(dataset, indices),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=leave_signals,
+        generator=torch.Generator(),
+    )
+    for index, image in loaded(loader):
+        if isinstance(image, InputError):
+            raise image
+        yield index, image
+
+
+class _Images(torch.utils.data.Dataset[Any]):
+    """(index, normalised image) of some images of a data set."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | InputError]:
+        index = self.indices[position]
+        try:
+            return index, normalize(self.dataset.image(index))
+        except InputError as error:
+            return index, error  # raised by the reader: a worker would wrap it in its traceback
+
+
+class Batch(NamedTuple):
+    """A batch as a step gets it."""
+
+    ids: list[str]
+    images: Tensor
+    """``(B, 3, crop, crop)`` float32, normalised with ImageNet's statistics, on the loop's device."""
+    labels: Tensor
+    """``(B, K)`` uint8, on the CPU, so that finding the present pairs waits for no device."""
+    masks: Tensor | None
+    """``(B, crop, crop)`` uint8 on the CPU; None unless the loop was asked for masks."""
+    share: float = 1.0
+    """What a mean over these images counts for: 1 in one process, and over all processes 1 on average."""
+
+
+class _Views(torch.utils.data.Dataset[Any]):
+    """Augmented samples by (epoch, index)."""
+
+    def __init__(self, dataset: Dataset, view: RandomView, seed: int, masks: bool) -> None:
+        self.dataset, self.view, self.seed, self.masks = dataset, view, seed, masks
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch, index))
+        try:
+            mask = self.dataset.mask(index) if self.masks else None
+            image, mask_view = self.view(self.dataset.image(index), mask, generator=generator)
+        except InputError as error:
+            return error  # raised by the loop: a worker would wrap it in its traceback
+        return self.dataset.entries[index].id, image, self.dataset.labels(index), mask_view
+
+
+def order(images: int, batch_size: int, seed: int, steps: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, index) keys of the batches of some steps: one permutation an epoch, drawn from (seed, epoch)."""
+    epoch, permutation = -1, []
+    for number in steps:
+        keys = []
+        for position in range(number * batch_size, (number + 1) * batch_size):
+            if position // images != epoch:
+                epoch = position // images
+                generator = torch.Generator().manual_seed(mixed(seed, "order", epoch))
+                permutation = torch.randperm(images, generator=generator).tolist()
+            keys.append((epoch, permutation[position % images]))
+        yield keys
+
+
+def load_batches(
+    dataset: Dataset,
+    view: RandomView,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: Iterable[int],
+    masks: bool,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This process's part of the batch of each step, on the device."""
+    loader = DataLoader(
+        _Views(dataset, view, seed, masks),
+        batch_sampler=(keys[rank() :: world_size()] for keys in order(len(dataset), batch_size, seed, steps)),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+    for batch in loaded(loader):
+        if isinstance(batch, InputError):
+            raise batch
+        images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        yield batch._replace(images=images, share=len(batch.ids) * world_size() / batch_size)
+
+
+def _collate(samples: Sequence[Any]) -> Batch | InputError:
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return sample
+    ids, images, labels, masks = zip(*samples, strict=True)
+    return Batch(
+        list(ids),
+        torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
+        torch.stack(labels),
+        torch.stack(masks) if masks[0] is not None else None,
+    )
+
+
+def mixed(*parts: object) -> int:
+    """A seed that depends on all the parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,110 @@
+"""Labels mined from CAMs: where two CRFs agree (Ahn et al. 2019, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from cacl._support.checks import check_range
+from cacl.constants import IGNORE
+from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, DenseCRF
+from cacl.errors import expected
+
+
+def mine_labels(
+    image: NDArray[np.uint8],
+    classes: NDArray[np.integer],
+    maps: NDArray[np.floating],
+    *,
+    foreground_score: float = 0.30,
+    background_score: float = 0.10,
+    gaussian: tuple[float, float] = GAUSSIAN,
+    bilateral: tuple[float, float, float] = BILATERAL,
+    iterations: int = ITERATIONS,
+    backend: Backend = "auto",
+    device: torch.device | str = "cpu",
+) -> NDArray[np.uint8]:
+    """Labels where CAMs are sure (IRNet, 4.1): two CRFs, one with a high and one with a low background score.
+
+    Args:
+        image: ``(H, W, 3)``.
+        classes: ``(C,)`` indices of the image's classes, from 0.
+        maps: their CAMs in [0, 1], ``(C, h, w)``; resized to the image bilinearly where they are smaller.
+        foreground_score: background score of the CRF that decides what is foreground.
+        background_score: background score of the CRF that decides what is background.
+        gaussian: for :func:`cacl.crf.dense_crf`, like the rest.
+        bilateral: of the CRF.
+        iterations: of the CRF.
+        backend: of the CRF.
+        device: of the CRF's backend ``"torch"``.
+
+    Returns:
+        ``(H, W)``: class + 1 where the first CRF says a class, 0 where both say background, 255 elsewhere. An image
+        without a class is background.
+
+    Raises:
+        ValueError: if a shape or value is wrong.
+    """
+    check_range("foreground_score", foreground_score, 0, 1)
+    check_range("background_score", background_score, 0, foreground_score)
+    scores = (foreground_score, background_score)
+    sure, possible = crf_labels(
+        image, classes, maps, scores,
+        gaussian=gaussian, bilateral=bilateral, iterations=iterations, backend=backend, device=device,
+    )  # fmt: skip
+    return np.where(sure > 0, sure, np.where(possible == 0, 0, IGNORE)).astype(np.uint8)
+
+
+def crf_labels(
+    image: NDArray[np.uint8],
+    classes: NDArray[np.integer],
+    maps: NDArray[np.floating],
+    scores: Sequence[float],
+    *,
+    gaussian: tuple[float, float] = GAUSSIAN,
+    bilateral: tuple[float, float, float] = BILATERAL,
+    iterations: int = ITERATIONS,
+    backend: Backend = "auto",
+    device: torch.device | str = "cpu",
+    confidence: float = 0.7,
+) -> NDArray[np.uint8]:
+    """Masks of CAMs at some background scores, each refined by a CRF that trusts a label with ``confidence``.
+
+    Args:
+        scores: S background scores; the CRFs of one image share their filters.
+        confidence: probability of a pixel's own label before the CRF.
+
+    The other arguments are those of :func:`mine_labels`.
+
+    Returns:
+        ``(S, H, W)``: 0 or class + 1.
+    """
+    classes = np.asarray(classes) if len(classes) else np.zeros(0, np.int64)
+    if classes.ndim != 1 or classes.dtype.kind not in "iu" or not all(0 <= k < IGNORE - 1 for k in classes.tolist()):
+        raise expected("classes", f"class indices (C,) from 0 to {IGNORE - 2}", f"{classes.dtype} {classes.tolist()}")
+    if maps.ndim != 3 or len(maps) != len(classes) or 0 in maps.shape[1:]:
+        raise expected("maps", f"one map a class, ({len(classes)}, h, w)", f"shape {maps.shape}")
+    if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):
+        raise expected("maps", "finite and not negative", f"{maps.min()} to {maps.max()}")
+    size = image.shape[:2]
+    if not len(classes):
+        return np.zeros((len(scores), *size), dtype=np.uint8)
+    resized = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32))[None]
+    if maps.shape[1:] != size:
+        resized = F.interpolate(resized, size=size, mode="bilinear", align_corners=False)
+    largest, winner = resized[0].max(0)
+    count = len(classes) + 1
+    given = torch.stack([torch.where(largest > score, winner + 1, 0) for score in scores])
+    # A label that nobody has before the CRF has none after it either; left out, it costs nothing.
+    present = given[:, None] == torch.arange(count)[:, None, None]
+    shown = present.any(3, keepdim=True).any(2, keepdim=True).float()
+    others = (1 - confidence) / (shown.sum(1, keepdim=True) - 1).clamp(min=1)
+    probabilities = shown * torch.where(present, confidence, others)
+    crf = DenseCRF(image, gaussian=gaussian, bilateral=bilateral, backend=backend, device=device)
+    refined = crf(probabilities.numpy(), iterations=iterations).argmax(1)
+    refined_labels: NDArray[np.uint8] = np.concatenate(([0], classes + 1)).astype(np.uint8)[refined]
+    return refined_labels

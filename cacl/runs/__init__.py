@@ -1,0 +1,1 @@
+"""A run: what its configuration means, its folder, its results."""

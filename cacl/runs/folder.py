@@ -1,0 +1,116 @@
+"""The folder of a run: which stages are finished, and what each of them scored; what a stage begins and leaves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cacl._support.files import read_json, write_json
+from cacl.log import Log, Record, forget_costs
+from cacl.stages.stage import Score, Stage
+
+
+@dataclass(frozen=True)
+class State:
+    """What ``stage.json`` says of a stage."""
+
+    key: str | None = None
+    """Of what it was made; None where it has never begun."""
+    finished: bool = False
+
+    def __bool__(self) -> bool:
+        return self.key is not None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder; nothing in it is looked at before it is asked for."""
+
+    path: Path
+
+    @cached_property
+    def log(self) -> Log:
+        return Log(self.path / "log.jsonl")
+
+    @property
+    def costs(self) -> Path:
+        """Of the stages: ``times.json``."""
+        return self.path / "times.json"
+
+    def state(self, stage: str) -> State:
+        """How far a stage is."""
+        known = read_json(self.path / stage / "stage.json")
+        return State(str(known.get("key", "")), known.get("finished") is True) if known else State()
+
+    def finished(self, stage: str, key: str | None = None) -> bool:
+        """Whether a stage has finished: with the settings of a key, or with any."""
+        state = self.state(stage)
+        return state.finished and key in (None, state.key)
+
+    def mark(self, stage: str, key: str, *, finished: bool) -> None:
+        """Write down how far a stage is."""
+        write_json(self.path / stage / "stage.json", {"key": key, "finished": finished})
+
+    def begin(self, stage: Stage[Any], later: Iterable[Stage[Any]], key: str) -> None:
+        """Make room for a stage that is done anew: nothing of it stays, and nothing is known of those after it."""
+        again = [stage.name, *(each.name for each in later)]
+        for name in again:
+            (self.path / name / "stage.json").unlink(missing_ok=True)
+        self._forget_scores(again)
+        self.log.forget(again)
+        forget_costs(self.costs, again)
+        self.forget_checkpoint(stage.name)
+        for files in (self.path / stage.name / name for name in stage.files):
+            if files.is_symlink():
+                files.unlink()
+            elif files.is_dir():
+                shutil.rmtree(files)
+        self.mark(stage.name, key, finished=False)
+
+    def end(self, stage: str, key: str) -> None:
+        """A stage has finished."""
+        self.mark(stage, key, finished=True)
+        self.forget_checkpoint(stage)
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.path / stage / "checkpoint.pt"
+
+    def forget_checkpoint(self, stage: str) -> None:
+        path = self.checkpoint(stage)
+        for file in (path, path.with_name(f"{path.name}.tmp")):
+            file.unlink(missing_ok=True)
+
+    @property
+    def metrics(self) -> dict[str, Record]:
+        """``metrics.json``: what is known of each stage, as far as it is sound."""
+        return {stage: record for stage, record in read_json(self.path / "metrics.json").items() if _score(record)}
+
+    def scores(self) -> dict[str, Score]:
+        """Stage -> score."""
+        read = {stage: _score(record) for stage, record in self.metrics.items()}
+        return {stage: replace(score, stage=stage) for stage, score in read.items() if score}
+
+    def keep_score(self, stage: str, score: Score, key: str, order: Collection[str]) -> None:
+        """Write down a score, and the key of what it follows from; ``order`` is that of the stages."""
+        self._write({**self.metrics, stage: {**score.record(), "key": key}}, order)
+
+    def _forget_scores(self, stages: Collection[str]) -> None:
+        known = self.metrics
+        if not known.keys().isdisjoint(stages):
+            self._write({stage: record for stage, record in known.items() if stage not in stages}, list(known))
+
+    def _write(self, metrics: dict[str, Record], order: Collection[str]) -> None:
+        names = [*order, *(name for name in metrics if name not in order)]
+        write_json(self.path / "metrics.json", {name: metrics[name] for name in names if name in metrics})
+
+
+def _score(record: object) -> Score | None:
+    """What a part of ``metrics.json`` says; None where somebody else wrote it."""
+    try:
+        return Score.read(record)  # type: ignore[arg-type]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None

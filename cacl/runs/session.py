@@ -1,0 +1,245 @@
+"""What a configuration means: its data sets, networks and objects, each made when it is first needed; its keys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from cacl import scenes
+from cacl._support.distributed import local_device, local_rank_zero_first, local_world_size, rank_zero
+from cacl._support.identity import UnknownError, identity
+from cacl._support.pool import usable_cores
+from cacl._support.weights import check_can_be_saved, copied, load_state, load_weights
+from cacl.config import Config
+from cacl.datasets import FORMATS, Dataset, open_dataset
+from cacl.encoders import ImageTextEncoder, load_encoder
+from cacl.errors import InputError
+from cacl.runs.folder import RunFolder
+from cacl.settings import CAMNetwork, Encoder, Machine, Scenes, Table
+from cacl.stages.chain import Chain, stage_of
+from cacl.stages.stage import Stage
+
+logger = logging.getLogger("cacl")
+
+Made = TypeVar("Made")
+Network = TypeVar("Network", bound=nn.Module)
+T = TypeVar("T", bound=Table)
+
+
+class NotDrawnError(InputError):
+    """Scenes that would have to be drawn first."""
+
+
+@dataclass
+class Session:
+    """One call of :func:`cacl.pipeline.run`; it is the :class:`cacl.stages.stage.Context` of every stage.
+
+    Args:
+        config: the configuration.
+        given_encoder: instead of the configuration's.
+        given_backbone: instead of the configuration's.
+        given_criterion: instead of CA-CL's loss.
+        chain: the stages; those of the configuration if empty.
+        planning: whether nothing may be written: scenes that are missing are an error then.
+    """
+
+    config: Config
+    given_encoder: ImageTextEncoder | None = None
+    given_backbone: nn.Module | None = None
+    given_criterion: Callable[..., Any] | None = None
+    chain: Chain = ()
+    planning: bool = False
+    keys: dict[str, str] = field(default_factory=dict, init=False)
+    """Stage -> the hash of everything that its result follows from, as far as anybody has asked."""
+    _opened: dict[str, Dataset] = field(default_factory=dict, init=False)
+    _identities: dict[str, str] = field(default_factory=dict, init=False)
+    _shared: dict[str, Any] = field(default_factory=dict, init=False)
+    _came_on: torch.device | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.chain = self.chain or self.config.chain
+
+    @property
+    def out(self) -> Path:
+        return self.config.run.out
+
+    @cached_property
+    def files(self) -> RunFolder:
+        return RunFolder(self.out)
+
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+    @cached_property
+    def machine(self) -> Machine:
+        run = self.config.run
+        return Machine(
+            device=local_device(run.device, "[run] device"),
+            workers=min(run.workers, max(1, usable_cores() // local_world_size())),
+            precision=run.precision,
+            progress=run.progress,
+            crf=run.crf,
+        )
+
+    # Tables and stages
+
+    def table(self, kind: type[T]) -> T:
+        return self.config.table(kind)
+
+    def settings(self, stage: Stage[T]) -> T:
+        """The table of a stage."""
+        return cast(T, getattr(self.config, stage.name))
+
+    def stage(self, name: str) -> Stage[Any]:
+        return stage_of(self.chain, name)
+
+    def folder(self, stage: str) -> Path:
+        return self.out / self.stage(stage).name
+
+    def key(self, stage: str) -> str:
+        found = self.stage(stage)
+        if found.name not in self.keys:
+            self.keys[found.name] = found.key(self, self.settings(found), [self.key(need) for need in found.needs])
+        return self.keys[found.name]
+
+    def finished(self, stage: str) -> bool:
+        return self.files.finished(self.stage(stage).name, self.key(stage))
+
+    def identity(self, argument: Literal["encoder", "backbone", "criterion"]) -> str:
+        """What tells one given object from another; where that cannot be known, it is another every time."""
+        if argument not in self._identities:
+            given = {
+                "encoder": self.given_encoder,
+                "backbone": self.given_backbone,
+                "criterion": self.given_criterion,
+            }[argument]
+            try:
+                found = "" if given is None else identity(given)
+            except UnknownError as error:
+                logger.warning(
+                    "%s: what it gives is done again, since a %s cannot be told from another one: %s. Give it an "
+                    "attribute `key`, a text that changes whenever its results do.", argument, type(given).__name__,
+                    error,
+                )  # fmt: skip
+                found = uuid4().hex
+            self._identities[argument] = found
+        return self._identities[argument]
+
+    # Data sets
+
+    def open(self, split: str) -> Dataset:
+        """A split of the data set, which is drawn if it is one of scenes; listed once, whoever asks for it."""
+        if split not in self._opened:
+            data = self.config.data
+            if FORMATS[data.format].drawn:
+                drawn = self.table(Scenes).model_dump()
+                if self.planning and not scenes.is_drawn(data.root, **drawn):
+                    raise NotDrawnError(f"{data.root}: the scenes have to be drawn first")
+                if not self.planning:
+                    draw = partial(scenes.generate, workers=self.machine.workers, progress=self.machine.progress)
+                    rank_zero(partial(draw, data.root, **drawn))
+            self._opened[split] = open_dataset(data.format, data.root, split)
+        return self._opened[split]
+
+    @cached_property
+    def train(self) -> Dataset:
+        return self.open(self.config.data.train)
+
+    @cached_property
+    def eval(self) -> Dataset | None:
+        if not self.config.data.eval:
+            return None
+        dataset = self.open(self.config.data.eval)
+        return dataset if dataset.masked else None
+
+    @cached_property
+    def segmented(self) -> Dataset | None:
+        split = self.config.segmented_split
+        return self.open(split) if split else None
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Role of a data set -> its split."""
+        data = self.config.data
+        return {"train": data.train, "eval": data.eval, "segmented": self.config.segmented_split}
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """Role -> data set, of those that there are."""
+        roles = {"train": self.train, "eval": self.eval, "segmented": self.segmented}
+        return {role: dataset for role, dataset in roles.items() if dataset is not None}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the data sets, with their masks, as this run found them."""
+        return rank_zero(
+            lambda: {role: dataset.fingerprint(masks=True) for role, dataset in self.datasets.items()}
+        )  # fmt: skip
+
+    # Networks and other large objects
+
+    @property
+    def encoder(self) -> ImageTextEncoder:
+        def make() -> ImageTextEncoder:
+            encoder = self.given_encoder
+            if encoder is None:
+                encoder = local_rank_zero_first(lambda: load_encoder(self.table(Encoder).name))
+            if isinstance(encoder, nn.Module):
+                parameter = next(encoder.parameters(), None)
+                self._came_on = None if parameter is None else parameter.device
+                encoder.to(self.machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return encoder
+
+        return self.shared("encoder", make)
+
+    def shared(self, name: str, make: Callable[[], Made]) -> Made:
+        if name not in self._shared:
+            self._shared[name] = make()
+        return cast(Made, self._shared[name])
+
+    def release(self, used: set[str]) -> None:
+        """Let go of what is shared and not used any more; a given encoder goes back to where it came from."""
+        given: object = self.given_encoder
+        for name in self._shared.keys() - used:
+            del self._shared[name]
+            if name == "encoder" and isinstance(given, nn.Module) and self._came_on is not None:
+                given.to(self._came_on)
+
+    def own_backbone(self) -> nn.Module | None:
+        return None if self.given_backbone is None else copied("backbone", self.given_backbone)
+
+    def network(self, make: Callable[..., Network], stage: str | None = None) -> Network:
+        table, path = self.table(CAMNetwork), None if stage is None else self.folder(stage) / "model.pt"
+        state = None if path is None else load_state(path)
+        backbone = self.own_backbone() or table.backbone
+        net = self._made(make, backbone, table.weights if state is None else "")
+        if state is not None:
+            load_weights(net, state, path)
+        return self._placed(net)
+
+    def own_network(self, make: Callable[..., Network], backbone: str, weights: str) -> Network:
+        return self._placed(self._made(make, backbone, weights))
+
+    def _made(self, make: Callable[..., Network], backbone: str | nn.Module, weights: str) -> Network:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs too
+            net = make(backbone=backbone, weights=weights or None)
+        check_can_be_saved("backbone", net)
+        return net
+
+    def _placed(self, net: Network) -> Network:
+        return net.to(self.machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def to_train(self, net: Network) -> Network:
+        if self.config.run.compile:
+            net.compile()
+        return net

@@ -1,0 +1,215 @@
+"""The stage ``cacl``: CA-CL training (CA-CL, eq. 1-14), or that of another criterion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from cacl.camnet import CAMNet
+from cacl.criterion import CACLLoss
+from cacl.datasets import FORMATS, Dataset
+from cacl.errors import InputError
+from cacl.loading import Batch
+from cacl.log import Journal
+from cacl.losses import BGSuppressionLoss
+from cacl.prompts import BackgroundSet, PromptSet
+from cacl.settings import (
+    Backgrounds,
+    Cosine,
+    Count,
+    Data,
+    Encoder,
+    Epochs,
+    Machine,
+    Prompts,
+    Schedule,
+    Share,
+    Training,
+    Weight,
+)  # fmt: skip
+from cacl.stages.cams import CAMs, cam_score, camnet, save_model
+from cacl.stages.stage import Context, Score, Stage
+from cacl.training import fit
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Any]
+"""``(images, cams, labels)`` -> a NamedTuple with a ``total``, as :meth:`cacl.CACLLoss.forward`; what it wants logged
+besides comes from an optional ``record() -> dict`` of tensors."""
+
+
+class CACL(Training):
+    """``[cacl]``: CA-CL training, under the paper's names."""
+
+    epochs: Epochs = 20
+    lr: Weight = 2.5e-4
+    """Of the backbone; the classifier's is ten times that."""
+    schedule: Schedule = "cosine"
+    margin: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.5
+    """Of the contrastive loss (eq. 6)."""
+    alpha: Weight = 40.0
+    """Weight of the image-text contrastive loss (eq. 14)."""
+    beta: Weight = 1.0
+    """Weight of the background suppression (eq. 14)."""
+    gamma: Weight = 0.4
+    """Weight of the region loss (eq. 14)."""
+    threshold: Cosine = 0.26
+    """θ of eq. 10, or what it starts from."""
+    threshold_mode: Literal["soft", "quantile", "fixed"] = "fixed"
+    """How θ changes (see :class:`cacl.BGSuppressionLoss`)."""
+    threshold_bounds: tuple[Cosine, Cosine] = (0.2, 0.3)
+    """Of θ, in the mode ``"soft"``."""
+    threshold_lr: Weight | None = None
+    """η of eq. 11, in the mode ``"soft"``; ``lr`` if it is not given."""
+    threshold_quantile: Share = 0.8
+    """Of the similarities, in the mode ``"quantile"``."""
+    threshold_momentum: Share = 0.99
+    """Of the running quantile."""
+    template: Count | None = None
+    """Always this template instead of DCPS."""
+
+
+def train_cacl(
+    net: CAMNet,
+    criterion: Criterion,
+    dataset: Dataset,
+    settings: CACL = CACL(),
+    *,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    journal: Journal = Journal(),
+) -> None:
+    """CA-CL training (CA-CL, eq. 1-14): ``net`` learns CAMs from the frozen encoder of ``criterion``.
+
+    Any other criterion on images, CAMs and labels trains as well. Where it is a module, its parameters are trained and
+    its state is part of the checkpoint: θ and the template counts of :class:`cacl.CACLLoss`. In several processes each
+    calls it with its part of the batch, and the mean of ``total`` over them is what is minimised.
+
+    Args:
+        net: trained in place; on the machine's device.
+        criterion: ``(images, cams, labels)`` -> a NamedTuple with a ``total``, whose other fields are logged; with an
+            optional ``record() -> dict`` of tensors that are logged too.
+        dataset: images and labels; masks are not opened.
+        settings: of the training; those of the loss are the criterion's own business.
+        seed: of everything that is random.
+        machine: where it is computed.
+        journal: log and checkpoint.
+
+    Raises:
+        ValueError: if what the criterion gives has no ``total``, and as :func:`cacl.training.train` does.
+    """
+    net.train()
+    modules: dict[str, nn.Module] = {"net": net}
+    groups = net.parameter_groups(settings.lr)
+    if isinstance(criterion, nn.Module):
+        criterion.train()
+        modules["criterion"] = criterion
+        if own := list(criterion.parameters()):
+            lr = settings.lr if settings.threshold_lr is None else settings.threshold_lr
+            groups.append({"params": own, "lr": lr, "weight_decay": 0.0})
+    record: Callable[[], Mapping[str, Tensor]] = getattr(criterion, "record", dict)
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        terms = criterion(batch.images, net(batch.images).cams, batch.labels)
+        if not hasattr(terms, "total") or not hasattr(terms, "_asdict"):
+            raise InputError(
+                f"Expected argument `criterion` to return a NamedTuple with a `total`, but got {type(terms).__name__}."
+            )
+        others = {name: value for name, value in terms._asdict().items() if name != "total"}
+        return {"loss": terms.total, **others, **record()}
+
+    fit(step, modules, groups, dataset, settings, name="cacl", seed=seed, machine=machine, journal=journal)
+
+
+def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
+    """The background words of a run; None where nothing is suppressed."""
+    words, data = run.table(Backgrounds), run.table(Data)
+    if settings.beta == 0 or run.given_criterion is not None:
+        return None
+    beside = data.root / "backgrounds.json"
+    file = words.file or (beside if FORMATS[data.format].brings_words and beside.is_file() else None)
+    return BackgroundSet.from_json(file, words.n) if file else BackgroundSet.built_in(run.train.classes, words.n or 5)
+
+
+def criterion_of(run: Context, settings: CACL) -> Criterion:
+    """The loss of a run, on its device."""
+
+    def make() -> Criterion:
+        if run.given_criterion is not None:
+            given = run.given_criterion
+            return given.to(run.machine.device) if isinstance(given, nn.Module) else given
+        suppression = BGSuppressionLoss(
+            settings.threshold,
+            mode=settings.threshold_mode,
+            bounds=settings.threshold_bounds,
+            quantile=settings.threshold_quantile,
+            momentum=settings.threshold_momentum,
+        )
+        criterion = CACLLoss(
+            run.encoder,
+            run.train.classes,
+            prompts=PromptSet(run.table(Prompts).templates),
+            backgrounds=backgrounds(run, settings),
+            alpha=settings.alpha,
+            beta=settings.beta,
+            gamma=settings.gamma,
+            margin=settings.margin,
+            suppression=suppression,
+            template=settings.template,
+        )
+        return criterion.to(run.machine.device)
+
+    return run.shared("criterion", make)
+
+
+def _run(run: Context, settings: CACL, folder: Path, journal: Journal) -> None:
+    net, criterion = run.to_train(camnet(run, "warmup")), criterion_of(run, settings)
+    with _put_back(run.given_criterion):
+        train_cacl(net, criterion, run.train, settings, seed=run.seed, machine=run.machine, journal=journal)
+    save_model(folder, net)
+
+
+@contextmanager
+def _put_back(given: Criterion | None) -> Iterator[None]:
+    """Leave a criterion that was given as it was, in state and mode; else it would be another one the next time."""
+    if not isinstance(given, nn.Module):
+        yield
+        return
+    state, mode = copy.deepcopy(given.state_dict()), given.training
+    try:
+        yield
+    finally:
+        given.load_state_dict(state)
+        given.train(mode)
+
+
+def _depends(run: Context, settings: CACL) -> tuple[object, ...]:
+    if run.given_criterion is not None:
+        return (run.identity("criterion"),)
+    words = backgrounds(run, settings)
+    known = words and {name: words.get(name) for name in run.train.classes}
+    return (run.table(Encoder), run.identity("encoder"), run.table(Prompts), known)
+
+
+def _score(run: Context, settings: CACL, dataset: Dataset) -> Score:
+    return cam_score(run, camnet(run, "cacl"), dataset)
+
+
+STAGE = Stage(
+    "cacl",
+    CACL,
+    run=_run,
+    title="CA-CL",
+    needs=("warmup",),
+    uses=("encoder", "criterion"),
+    depends=_depends,
+    check=criterion_of,
+    scored_on="eval",
+    score=_score,
+    score_depends=lambda run, settings: (run.table(CAMs),),
+    shown="CAM after CA-CL",
+)

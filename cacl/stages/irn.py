@@ -1,0 +1,279 @@
+"""The stage ``irn``: labels mined from CAMs with CRFs, and IRNet trained on them (Ahn et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+from torch import Tensor
+
+from cacl._support.distributed import all_reduce_counts, barrier, shard
+from cacl._support.pool import map_processes
+from cacl._support.progress import watched
+from cacl.artifacts import cams_of, save_mask, to_make
+from cacl.constants import BACKGROUND_SCORE
+from cacl.crf import check_backend
+from cacl.datasets import Dataset
+from cacl.errors import InputError
+from cacl.images import Mask
+from cacl.irn import IRNet, affinity_loss
+from cacl.loading import Batch
+from cacl.log import Journal
+from cacl.metrics import ConfusionMatrix
+from cacl.mining import crf_labels, mine_labels
+from cacl.settings import CRF, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
+from cacl.stages.cams import save_model
+from cacl.stages.stage import Context, Score, Stage
+from cacl.training import fit
+
+
+class IRN(Training, CRF):
+    """``[irn]``: label mining and IRNet (Ahn et al. 2019)."""
+
+    epochs: Epochs = 3
+    lr: Weight = 0.1
+    """Of the edge branch; that of the displacement branch is ten times that."""
+    schedule: Schedule = "poly"
+    scale: tuple[Weight, Weight] = (0.5, 1.5)
+    radius: Radius = 10
+    """Pairs of pixels of the stride-4 grid that are less than this apart are looked at."""
+    foreground_score: Share = 0.30
+    """Background score of the CRF that decides what is foreground."""
+    background_score: Share = 0.10
+    """Background score of the CRF that decides what is background."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> IRN:
+        low, high = self.background_score, self.foreground_score
+        if low > high:
+            raise ValueError(f"background_score: expected at most foreground_score {high}, but got {low}")
+        return self
+
+
+def make_labels(
+    dataset: Dataset,
+    cams: Path,
+    out: Path,
+    settings: IRN = IRN(),
+    *,
+    machine: Machine = Machine(),
+    keep: bool = False,
+) -> None:
+    """Write :func:`cacl.mining.mine_labels` of every image as ``<id>.png``, a palette image with VOC's colours.
+
+    Shared out over processes as :func:`cacl.stages.cams.make_cams` is.
+
+    Args:
+        dataset: the images and their labels.
+        cams: folder of :func:`cacl.stages.cams.make_cams`.
+        out: folder of the files.
+        settings: the two background scores, and the CRF.
+        machine: where it is computed; each worker takes one image at a time.
+        keep: leave out images that have a file already.
+
+    Raises:
+        ValueError: if a file of CAMs is missing or broken.
+    """
+    scores = (settings.background_score, settings.foreground_score)
+    write_labels(dataset, cams, out, scores, settings, machine=machine, keep=keep, desc="label mining")
+
+
+def write_labels(
+    dataset: Dataset,
+    cams: Path,
+    out: Path,
+    scores: tuple[float, float],
+    crf: CRF,
+    *,
+    machine: Machine,
+    keep: bool,
+    desc: str,
+) -> None:
+    """As :func:`make_labels`, at other background scores: those of background and foreground."""
+    wanted = to_make(dataset, out, ".png", keep=keep)
+    task = _Mining(dataset, cams, out, scores, crf.arguments(machine))
+    with barrier():
+        for _ in _done(task, wanted, machine, desc):
+            pass
+
+
+def train_irnet(
+    net: IRNet,
+    dataset: Dataset,
+    labels: Path,
+    settings: IRN = IRN(),
+    *,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    journal: Journal = Journal(),
+) -> None:
+    """Train the branches of ``net`` on mined labels.
+
+    Args:
+        net: trained in place; its backbone stays as it is.
+        dataset: the images; their masks are not opened.
+        labels: folder of :func:`make_labels`.
+        settings: of the training.
+        seed: of everything that is random.
+        machine: where it is computed.
+        journal: log and checkpoint.
+
+    Raises:
+        ValueError: as :func:`cacl.training.train` does.
+    """
+    net.train()
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        assert batch.masks is not None
+        edges, displacements = net(batch.images)
+        target = batch.masks.to(edges.device, non_blocking=True)
+        terms = affinity_loss(edges, displacements, target, radius=settings.radius, across=True)
+        return {"loss": terms.total, **{name: value for name, value in terms._asdict().items() if name != "total"}}
+
+    fit(
+        step, {"net": net}, net.parameter_groups(settings.lr), dataset.with_masks(labels), settings, name="irn",
+        masks=True, seed=seed, machine=machine, journal=journal,
+    )  # fmt: skip
+
+
+def refine_cams(
+    dataset: Dataset,
+    cams: Path,
+    indices: Sequence[int],
+    settings: CRF = CRF(),
+    *,
+    background_score: float = BACKGROUND_SCORE,
+    machine: Machine = Machine(),
+) -> Iterator[tuple[int, Mask]]:
+    """(index, mask of the CAMs after a CRF) of some images: what IRNet is not needed for.
+
+    Args:
+        dataset: the images.
+        cams: folder of :func:`cacl.stages.cams.make_cams`, or of :func:`cacl.stages.masks.walk_cams`.
+        indices: which images.
+        settings: of the CRF.
+        background_score: of the CAMs before the CRF.
+        machine: where it is computed.
+    """
+    task = _Refining(dataset, cams, background_score, settings.arguments(machine))
+    return zip(indices, _done(task, indices, machine, "CRF"), strict=True)
+
+
+def evaluate_refined(
+    dataset: Dataset,
+    cams: Path,
+    settings: CRF = CRF(),
+    *,
+    background_score: float = BACKGROUND_SCORE,
+    machine: Machine = Machine(),
+) -> tuple[ConfusionMatrix, int]:
+    """CAMs after a CRF against the masks, arguments as for :func:`refine_cams`; also the number of images.
+
+    Shared out over processes as :func:`cacl.stages.cams.make_cams` is.
+    """
+    masked = dataset.masked
+    matrix = ConfusionMatrix(len(dataset.classes))
+    with barrier():
+        refined = refine_cams(
+            dataset, cams, shard(masked), settings, background_score=background_score, machine=machine
+        )  # fmt: skip
+        for index, mask in refined:
+            matrix.update(dataset.mask(index).numpy(), mask)
+    matrix.counts = all_reduce_counts(matrix.counts)
+    return matrix, len(masked)
+
+
+def irnet(run: Context, stage: str | None = None) -> IRNet:
+    """The IRNet of a run, on the untrained backbone of ``[camnet]``; with the weights that a stage left, if any."""
+    return run.network(IRNet, stage)
+
+
+def _done(task: Any, indices: Sequence[int], machine: Machine, desc: str) -> Iterator[Any]:
+    results = map_processes(task, indices, workers=machine.crf_workers)
+    return iter(watched(results, total=len(indices), desc=desc, progress=machine.progress))
+
+
+@dataclass(frozen=True)
+class _Mining:
+    """index -> nothing; writes the image's mined labels."""
+
+    dataset: Dataset
+    cams: Path
+    out: Path
+    scores: tuple[float, float]
+    crf: CRFArguments
+
+    def __call__(self, index: int) -> None:
+        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
+        low, high = self.scores
+        with _naming(self.dataset, index):
+            labels = mine_labels(
+                photo, cams.classes, cams.maps, foreground_score=high, background_score=low, **self.crf
+            )  # fmt: skip
+        save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
+
+
+@dataclass(frozen=True)
+class _Refining:
+    """index -> the mask of the image's CAMs after a CRF."""
+
+    dataset: Dataset
+    cams: Path
+    score: float
+    crf: CRFArguments
+
+    def __call__(self, index: int) -> Mask:
+        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
+        with _naming(self.dataset, index):
+            mask: Mask = crf_labels(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
+        return mask
+
+
+@contextmanager
+def _naming(dataset: Dataset, index: int) -> Iterator[None]:
+    """Say which image it was."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{dataset.entries[index].image}: {error}") from None
+
+
+def _photo(dataset: Dataset, index: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(dataset.image(index).permute(1, 2, 0).numpy())
+
+
+def _run(run: Context, settings: IRN, folder: Path, journal: Journal) -> None:
+    make_labels(run.train, run.folder("cams") / "train", folder / "labels", settings, machine=run.machine, keep=True)
+    net = run.to_train(irnet(run))
+    train_irnet(
+        net, run.train, folder / "labels", settings, seed=run.seed, machine=run.machine, journal=journal
+    )  # fmt: skip
+    save_model(folder, net)
+
+
+def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
+    cams = run.folder("cams") / "train"
+    matrix, images = evaluate_refined(dataset, cams, settings, machine=run.machine)
+    crf = settings.iterations > 0
+    beside = {"background_score": BACKGROUND_SCORE, "crf": crf}
+    return Score.of("CAM + CRF" if crf else "CAM", matrix.iou, dataset.classes, images, **beside)
+
+
+STAGE = Stage(
+    "irn",
+    IRN,
+    run=_run,
+    title="IRNet",
+    needs=("cams",),
+    files=("labels",),
+    depends=lambda run, settings: (check_backend(run.machine.crf),),
+    check=lambda run, settings: (check_backend(run.machine.crf), irnet(run)),
+    scored_on="train",
+    score=_score,
+)

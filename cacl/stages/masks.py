@@ -1,0 +1,155 @@
+"""The stage ``masks``: CAMs spread up to IRNet's edges by a random walk, and pseudo masks of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from cacl._support.distributed import barrier
+from cacl._support.pool import naming_dead_loaders
+from cacl._support.progress import watched
+from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
+from cacl.crf import check_backend
+from cacl.datasets import Dataset
+from cacl.irn import IRNet
+from cacl.loading import load_images
+from cacl.log import Journal
+from cacl.random_walk import propagate
+from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
+from cacl.stages.cams import cam_score
+from cacl.stages.irn import evaluate_refined, irnet, write_labels
+from cacl.stages.stage import Context, Score, Stage
+
+
+class Walk(Table):
+    """The random walk (IRNet, Ahn et al. 2019, section 5; see :func:`cacl.random_walk.propagate`)."""
+
+    power: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
+    """Of the CAMs before the walk; above 1 for CAMs that reach far beyond the objects."""
+    radius: Radius = 5
+    """In pixels of the stride-4 grid, of the neighbours of a step."""
+    beta: Weight = 10.0
+    """Power of the affinity: the larger, the less passes an edge."""
+    steps: Count = 256
+    """Of the walk."""
+
+
+class Masks(CRF, Walk):
+    """``[masks]``: random walk and pseudo masks."""
+
+    background_score: Share = 0.25
+    """A pixel whose largest value is not above this is background."""
+    unsure: Share = 0.05
+    """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
+
+
+def walk_cams(
+    net: IRNet,
+    dataset: Dataset,
+    cams: Path,
+    out: Path,
+    settings: Walk = Walk(),
+    *,
+    machine: Machine = Machine(),
+    keep: bool = False,
+) -> None:
+    """Write the CAMs of every image after a random walk up to the edges (IRNet, Ahn et al. 2019, section 5).
+
+    ``<id>.npz`` has them divided by their largest value, as :func:`cacl.artifacts.load_cams` reads them. Shared out
+    over processes as :func:`cacl.stages.cams.make_cams` is.
+
+    Args:
+        net: gives the edges; on the machine's device.
+        dataset: the images and their labels.
+        cams: folder of :func:`cacl.stages.cams.make_cams`.
+        out: folder of the files.
+        settings: of the walk.
+        machine: where it is computed.
+        keep: leave out images that have a file already.
+
+    Raises:
+        ValueError: if a file of CAMs is missing or broken.
+    """
+    wanted = to_make(dataset, out, ".npz", keep=keep)
+    images = load_images(dataset, wanted, machine.workers, pinned=machine.on_gpu)
+    with barrier(), naming_dead_loaders():
+        for index, image in watched(images, total=len(wanted), desc="random walk", progress=machine.progress):
+            photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
+            walked = walk(cams_of(dataset, cams, index), net.predict(photo)[0], settings)
+            save_cams(out / f"{dataset.entries[index].id}.npz", walked)
+
+
+def walk(cams: ImageCAMs, edges: Tensor, settings: Walk = Walk()) -> ImageCAMs:
+    """CAMs after a random walk over ``(h, w)`` edge probabilities, divided by the largest value of all classes."""
+    seeds = torch.from_numpy(cams.maps).to(edges.device, torch.float32) ** settings.power
+    if len(cams.classes) and seeds.shape[1:] != edges.shape:
+        seeds = F.interpolate(seeds[None], size=edges.shape, mode="bilinear", align_corners=False)[0]
+    seeds = seeds.reshape(len(cams.classes), *edges.shape)
+    result = propagate(seeds, edges, radius=settings.radius, beta=settings.beta, steps=settings.steps)
+    if len(result):
+        result = result / result.max().clamp(min=1e-5)
+    return ImageCAMs(cams.classes, result.half().cpu().numpy())
+
+
+def make_masks(
+    dataset: Dataset,
+    cams: Path,
+    out: Path,
+    settings: Masks = Masks(),
+    *,
+    machine: Machine = Machine(),
+    keep: bool = False,
+) -> None:
+    """Write the pseudo masks of every image, ``<id>.png``, a palette image with VOC's colours.
+
+    A pixel is what it would be at the background score ``background_score + unsure``, or 255 where it would then be
+    background, but not at ``background_score − unsure``.
+
+    Args:
+        dataset: the images and their labels.
+        cams: folder of :func:`walk_cams`.
+        out: folder of the files.
+        settings: the score, and the CRF.
+        machine: where it is computed; each worker takes one image at a time.
+        keep: leave out images that have a mask already.
+
+    Raises:
+        ValueError: if a file of CAMs is missing or broken.
+    """
+    score, unsure = settings.background_score, settings.unsure
+    scores = (max(0.0, score - unsure), min(1.0, score + unsure))
+    write_labels(dataset, cams, out, scores, settings, machine=machine, keep=keep, desc="masks")
+
+
+def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
+    cams = run.folder("cams") / "train"
+    walk_cams(irnet(run, "irn"), run.train, cams, folder / "walk", settings, machine=run.machine, keep=True)
+    make_masks(run.train, folder / "walk", folder / "train", settings, machine=run.machine, keep=True)
+
+
+def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
+    walked, score = run.folder("masks") / "walk", round(settings.background_score, 6)
+    matrix, images = evaluate_refined(dataset, walked, settings, background_score=score, machine=run.machine)
+    alone = replace(cam_score(run, walked, dataset, score), what="random walk alone")
+    beside = {"background_score": score, "crf": settings.iterations > 0, "walk": alone}
+    return Score.of("pseudo masks", matrix.iou, dataset.classes, images, **beside)
+
+
+STAGE = Stage(
+    "masks",
+    Masks,
+    run=_run,
+    title="pseudo masks",
+    needs=("cams", "irn"),
+    files=("walk", "train"),
+    depends=lambda run, settings: (check_backend(run.machine.crf),),
+    check=lambda run, settings: check_backend(run.machine.crf),
+    scored_on="train",
+    score=_score,
+)

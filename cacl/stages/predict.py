@@ -1,0 +1,160 @@
+"""The stage ``predict``: masks of a split by the segmenter, and what segmenters score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cacl._support.distributed import all_reduce_counts, barrier, shard
+from cacl._support.pool import naming_dead_loaders
+from cacl.artifacts import save_mask, to_make
+from cacl.crf import check_backend
+from cacl.datasets import Dataset
+from cacl.deeplab import DeepLabV2
+from cacl.errors import InputError
+from cacl.images import Mask, Pixels, read_mask
+from cacl.log import Journal
+from cacl.metrics import ConfusionMatrix
+from cacl.photos import load_segmenter, segment_photos
+from cacl.settings import CRF, Machine, Mark, Sigma, Weight
+from cacl.stages.stage import Context, Score, Stage
+
+
+class Predict(CRF):
+    """``[predict]``: masks by the segmenter."""
+
+    split: Annotated[str, Mark.EVALUATION] = ""
+    """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data."""
+    longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
+    """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
+    gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
+    bilateral: tuple[Sigma, Sigma, Weight] = (67.0, 3.0, 4.0)
+
+
+def make_predictions(
+    net: DeepLabV2,
+    dataset: Dataset,
+    out: Path,
+    settings: Predict = Predict(),
+    *,
+    machine: Machine = Machine(),
+    keep: bool = False,
+) -> None:
+    """Write the mask of every image of a data set, ``<id>.png``, a palette image with VOC's colours.
+
+    Shared out over processes as :func:`cacl.stages.cams.make_cams` is.
+
+    Args:
+        net: the segmenter, on the machine's device.
+        dataset: the images; neither labels nor masks are looked at.
+        out: folder of the files.
+        settings: the CRF, and how large the network and it see a photo.
+        machine: where it is computed.
+        keep: leave out images that have a file already.
+
+    Raises:
+        ValueError: if an image does not decode.
+    """
+    wanted = to_make(dataset, out, ".png", keep=keep)
+    photos = [dataset.entries[i].image for i in wanted]
+    saving = _Saving([out / f"{dataset.entries[i].id}.png" for i in wanted])
+    with barrier(), naming_dead_loaders():
+        for _, result in segment_photos(
+            net, photos, saving, longest=settings.longest, crf=settings, machine=machine
+        ):  # fmt: skip
+            if isinstance(result, InputError):
+                raise result
+
+
+def evaluate_segmenter(
+    net: DeepLabV2,
+    dataset: Dataset,
+    settings: Predict = Predict(),
+    *,
+    machine: Machine = Machine(),
+    crf: bool = True,
+) -> tuple[ConfusionMatrix, int]:
+    """The segmenter against the masks, ``crf`` or not; also the number of images.
+
+    Shared out over processes as :func:`cacl.stages.cams.make_cams` is; the other arguments are those of
+    :func:`make_predictions`.
+    """
+    masked = dataset.masked
+    mine = list(shard(masked))
+    matrix = ConfusionMatrix(len(dataset.classes))
+    photos, counting = [dataset.entries[i].image for i in mine], _Counting(dataset, mine)
+    with barrier(), naming_dead_loaders():
+        for _, counts in segment_photos(
+            net, photos, counting, longest=settings.longest, crf=settings if crf else None, machine=machine,
+            desc="evaluate",
+        ):  # fmt: skip
+            if isinstance(counts, InputError):
+                raise counts
+            matrix.counts += counts
+    matrix.counts = all_reduce_counts(matrix.counts)
+    return matrix, len(masked)
+
+
+def trained_segmenter(run: Context) -> DeepLabV2:
+    """The network that the stage ``segment`` has left, on the device."""
+    net = load_segmenter(run.folder("segment") / "model.pt", backbone=run.own_backbone()).net
+    return net.to(run.machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True)
+class _Saving:
+    paths: list[Path]
+
+    def __call__(self, index: int, pixels: Pixels, mask: Mask) -> None:
+        save_mask(self.paths[index], mask)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """index -> pixel counts of (truth, prediction)."""
+
+    dataset: Dataset
+    masked: list[int]
+
+    def __call__(self, index: int, pixels: Pixels, mask: Mask) -> NDArray[np.int64]:
+        matrix = ConfusionMatrix(len(self.dataset.classes))
+        matrix.update(self.dataset.mask(self.masked[index]).numpy(), mask)
+        return matrix.counts
+
+
+def _run(run: Context, settings: Predict, folder: Path, journal: Journal) -> None:
+    if run.segmented is not None:
+        net = trained_segmenter(run)
+        make_predictions(net, run.segmented, folder / "eval", settings, machine=run.machine, keep=True)
+
+
+def _score(run: Context, settings: Predict, dataset: Dataset) -> Score:
+    masked = dataset.masked
+    matrix = ConfusionMatrix(len(dataset.classes))
+    with barrier():
+        for i in shard(masked):
+            made = read_mask(run.folder("predict") / "eval" / f"{dataset.entries[i].id}.png")
+            matrix.update(dataset.mask(i).numpy(), made.numpy())
+    matrix.counts = all_reduce_counts(matrix.counts)
+    return Score.of("DeepLabV2", matrix.iou, dataset.classes, len(masked), crf=settings.iterations > 0)
+
+
+STAGE = Stage(
+    "predict",
+    Predict,
+    run=_run,
+    title="prediction",
+    needs=("segment",),
+    files=("eval",),
+    depends=lambda run, settings: (run.segmented and run.segmented.fingerprint(), check_backend(run.machine.crf)),
+    check=lambda run, settings: check_backend(run.machine.crf),
+    scored_on="segmented",
+    score=_score,
+    shown="DeepLabV2{crf}",
+)

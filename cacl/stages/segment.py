@@ -1,0 +1,162 @@
+"""The stage ``segment``: DeepLabV2 trained on the pseudo masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from cacl._support.distributed import rank
+from cacl._support.weights import load_weights
+from cacl.constants import IGNORE
+from cacl.datasets import Dataset
+from cacl.deeplab import DeepLabV2, segmentation_loss
+from cacl.errors import InputError
+from cacl.loading import Batch
+from cacl.log import Journal
+from cacl.photos import save_segmenter
+from cacl.settings import BatchSize, CAMNetwork, Epochs, FileOrName, Machine, Schedule, Side, Switch, Training, Weight
+from cacl.stages.cams import camnet
+from cacl.stages.predict import Predict, evaluate_segmenter, trained_segmenter
+from cacl.stages.stage import Context, Score, Stage
+from cacl.training import fit
+
+
+class Segment(Training):
+    """``[segment]``: DeepLabV2 on the pseudo masks.
+
+    ``preset`` gives the values of the keys that are not given themselves: ``"deeplab"`` those of the public recipe
+    (20 000 iterations on VOC's 10 582 images), ``"paper"`` those of CA-CL (40 000 iterations).
+    """
+
+    chosen_by: ClassVar[str] = "preset"
+    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {"deeplab": {}, "paper": {"epochs": 37.8, "lr": 0.005}}
+
+    preset: Literal["deeplab", "paper"] = "deeplab"
+    """Whose numbers."""
+    backbone: str = "resnet101"
+    """A torchvision ResNet or ``"scenes"``; empty for that of ``[camnet]``, or the one that was passed in."""
+    weights: FileOrName = "DEFAULT"
+    """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
+    epochs: Epochs = 18.9
+    batch_size: BatchSize = 10
+    lr: Weight = 2.5e-4
+    """Of the trunk."""
+    head_factor: Weight = 10.0
+    """The head's weights learn at this times ``lr``, its biases at twice that."""
+    freeze_batch_norm: Switch = True
+    """Leave statistics and weights of batch norm as they are."""
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
+    weight_decay: Weight = 5e-4
+    """None for the head's biases."""
+    schedule: Schedule = "poly"
+    crop: Side = 321
+    scale: tuple[Weight, Weight] = (0.78, 2.34)
+    """The range of the longer side over ``crop``: half to three halves of a photo of 500 pixels."""
+
+
+def train_segmenter(
+    net: DeepLabV2,
+    dataset: Dataset,
+    masks: Path,
+    settings: Segment = Segment(),
+    *,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    journal: Journal = Journal(),
+) -> None:
+    """Train DeepLabV2 on pseudo masks.
+
+    Args:
+        net: trained in place; on the machine's device.
+        dataset: the images; their own masks are not opened.
+        masks: folder of :func:`cacl.stages.masks.make_masks`, or of other masks ``<id>.png``.
+        settings: of the training; those of the network are its own business.
+        seed: of everything that is random.
+        machine: where it is computed.
+        journal: log and checkpoint.
+
+    Raises:
+        ValueError: if a mask is missing, or has a value that is no class of ``net``.
+    """
+    net.train()
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        assert batch.masks is not None
+        wrong = batch.masks[(batch.masks >= net.num_classes) & (batch.masks != IGNORE)]
+        if len(wrong):
+            raise InputError(
+                f"{masks}: expected values 0 to {net.num_classes - 1} or {IGNORE}, but got {int(wrong[0])} in one of "
+                f"{', '.join(batch.ids)}"
+            )
+        logits = net(batch.images)
+        target = batch.masks.to(batch.images.device, non_blocking=True)
+        return {"loss": segmentation_loss(logits, target, across=True)}
+
+    groups = net.parameter_groups(settings.lr, head_factor=settings.head_factor)
+    fit(
+        step, {"net": net}, groups, dataset.with_masks(masks), settings, name="segment", masks=True, seed=seed,
+        machine=machine, journal=journal,
+    )  # fmt: skip
+
+
+def new_segmenter(run: Context, settings: Segment, *, finished: bool = True) -> DeepLabV2:
+    """DeepLabV2 with the weights that it starts from.
+
+    Args:
+        run: the run.
+        settings: of the network.
+        finished: whether CA-CL has finished, if its backbone is wanted; else an untrained one shows whether it fits.
+    """
+    of_cacl = settings.weights == "cacl"
+    if not settings.backbone and not of_cacl and settings.weights != "DEFAULT":
+        raise InputError(
+            f'[segment] weights: expected "DEFAULT" or "cacl" where no backbone is named, but got {settings.weights!r}'
+        )
+    make = partial(DeepLabV2, len(run.train.classes) + 1, freeze_batch_norm=settings.freeze_batch_norm)
+    if settings.backbone:
+        net = run.own_network(make, settings.backbone, "" if of_cacl else settings.weights)
+    else:
+        net = run.network(make)
+    if of_cacl:
+        trunk = camnet(run, "cacl" if finished else None).backbone
+        load_weights(net.backbone, trunk.state_dict(), "[segment] weights: the backbone of [camnet]")
+    return net
+
+
+def _run(run: Context, settings: Segment, folder: Path, journal: Journal) -> None:
+    net = run.to_train(new_segmenter(run, settings))
+    masks = run.folder("masks") / "train"
+    train_segmenter(net, run.train, masks, settings, seed=run.seed, machine=run.machine, journal=journal)
+    of_camnet = "" if run.identity("backbone") else run.table(CAMNetwork).backbone
+    if rank() == 0:
+        save_segmenter(folder / "model.pt", net, run.train.classes, settings.backbone or of_camnet)
+
+
+def _depends(run: Context, settings: Segment) -> tuple[object, ...]:
+    trunk = () if settings.backbone else (run.table(CAMNetwork), run.identity("backbone"))
+    return (*trunk, run.key("cacl")) if settings.weights == "cacl" else trunk
+
+
+def _score(run: Context, settings: Segment, dataset: Dataset) -> Score:
+    net = trained_segmenter(run)
+    matrix, images = evaluate_segmenter(net, dataset, run.table(Predict), machine=run.machine, crf=False)
+    return Score.of("DeepLabV2", matrix.iou, dataset.classes, images)
+
+
+STAGE = Stage(
+    "segment",
+    Segment,
+    run=_run,
+    title="segmentation",
+    needs=("masks",),
+    depends=_depends,
+    check=lambda run, settings: new_segmenter(run, settings, finished=run.finished("cacl")),
+    scored_on="segmented",
+    score=_score,
+    score_depends=lambda run, settings: (run.table(Predict).longest,),
+)
