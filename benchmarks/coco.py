@@ -35,17 +35,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from cacl.cams import train_classifier
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from cacl.camnet import CAMNet
 from cacl.datasets import COCO, Dataset
 from cacl.datasets.entries import Entry
-from cacl.log import Callback
+from cacl.log import Callback, Journal
 from cacl.prompts import BackgroundSet
-from cacl.training import Loop
-from cacl.transforms import RandomView
+from cacl.settings import Machine
+from cacl.stages.warmup import Warmup, train_classifier
 
 NAMES = tuple(BackgroundSet.coco())
 IDS = [id for id in range(1, 91) if id not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -168,8 +167,9 @@ def measure_train(root: Path, steps: int, crop: int, *, objects: bool) -> dict[s
 
 
 def warm_up(data: Dataset, steps: int, crop: int, callback: Callback | None = None) -> None:
-    loop = Loop(steps * 16 / len(data), 16, RandomView(crop), workers=2, progress=False)
-    train_classifier(CAMNet(len(data.classes), backbone="scenes"), data, loop, callback=callback)
+    net, settings = CAMNet(len(data.classes), backbone="scenes"), Warmup(epochs=steps * 16 / len(data), crop=crop)
+    machine = Machine(workers=2, progress=False)
+    train_classifier(net, data, settings, machine=machine, journal=Journal(callback=callback))
 
 
 def looks_at(steps: int) -> tuple[int, int, int]:

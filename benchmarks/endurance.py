@@ -29,10 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cacl._session import STAGES
-
 from cacl._support.files import read_json
 from cacl._support.weights import load_state
+from cacl.pipeline import STAGES
 
 CONFIG = """
 base = "scenes"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cacl.datasets import CSVDataset
 from cacl.images import read_image
-from cacl.training import Loop, _batches
+from cacl.loading import load_batches
 from cacl.transforms import RandomView
 
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
@@ -98,8 +98,10 @@ def main() -> None:
                     times[key].append(elapsed)
         rates = {key: args.images / median(values) for key, values in times.items()}
         data = CSVDataset(folder, "train")
-        loop = Loop(1, 16, view, workers=args.workers)
-        batches = _batches(data, loop, 0, 4 * args.images // 16)
+        batches = load_batches(
+            data, view, batch_size=16, seed=0, steps=range(4 * args.images // 16), masks=False, workers=args.workers,
+            device=torch.device("cpu"),
+        )  # fmt: skip
         next(batches)  # the workers have started
         start = time.perf_counter()
         count = sum(len(batch.ids) for batch in batches)

@@ -22,12 +22,12 @@ from statistics import median
 
 import numpy as np
 import torch
-from cacl.segment import save_segmenter
 from PIL import Image
 from torch.nn import functional as F
 
 from cacl.crf import dense_crf
 from cacl.deeplab import DeepLabV2
+from cacl.photos import save_segmenter
 from cacl.predict import open_model
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

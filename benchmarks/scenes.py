@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from cacl._session import Session
-from cacl.cams import predict_cams
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,6 +22,8 @@ from cacl import pipeline, scenes
 from cacl.ablate import spread
 from cacl.config import Config
 from cacl.pictures import threshold
+from cacl.runs.session import Session
+from cacl.stages.cams import CAMs, camnet, predict_cams
 
 STAGES = ("warmup", "cacl")
 
@@ -61,7 +61,7 @@ def measure(out: Path, seed: int, settings: list[str]) -> dict[str, dict]:
     own = [f"run.out={out / f'seed-{seed}'}", f"run.seed={seed}", f"data.root={out / 'data'}"]
     config = Config.load("scenes", [*own, *settings])
     result = pipeline.run(config, stages=STAGES)
-    session = Session(config, None, None, None)
+    session = Session(config)
     figures = {}
     for stage in STAGES:
         metrics = result.metrics[stage]
@@ -75,7 +75,8 @@ def errors(session: Session, stage: str) -> dict[str, dict[str, float]]:
     val = session.eval
     assert val is not None
     spilt, own, missed, shown = (dict.fromkeys(scenes.CLASSES, 0) for _ in range(4))
-    cams = predict_cams(session.net(stage), val, range(len(val)), **session.inference)
+    net, settings = camnet(session, stage), session.table(CAMs)
+    cams = predict_cams(net, val, range(len(val)), settings, machine=session.machine)
     for index, each in cams:
         mask = val.mask(index).numpy()
         words = np.asarray(Image.open(session.config.data.root / "words" / f"{val.entries[index].id}.png"))

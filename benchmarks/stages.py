@@ -22,13 +22,14 @@ from statistics import median
 
 import numpy as np
 import torch
-from cacl.cams import ImageCAMs
-from cacl.masks import walk
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
+from cacl.artifacts import ImageCAMs
+from cacl.irn import IRNet, affinity_loss
+from cacl.mining import crf_labels, mine_labels
+from cacl.stages.masks import walk
 from cacl.transforms import normalize
 
 Photo = NDArray[np.uint8]

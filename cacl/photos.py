@@ -6,16 +6,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as views
 
-from cacl._support.checks import check_integer
 from cacl._support.pool import can_be_sent, leave_signals, loaded, map_processes
 from cacl._support.progress import watched
 from cacl._support.weights import evaluating, load_state, load_weights, save_state
@@ -24,7 +24,7 @@ from cacl.crf import dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError
 from cacl.images import Mask, Pixels, read_image
-from cacl.settings import CRF, CRFArguments, Machine
+from cacl.settings import CRF, CRFArguments, Machine, Sigma, Weight
 from cacl.transforms import normalize
 
 logger = logging.getLogger("cacl")
@@ -37,6 +37,15 @@ T = TypeVar("T")
 
 _PRESENT = 0.01
 """A class that is nowhere more probable than this is left out of the CRF, whose cost grows with their number."""
+
+
+class Photos(CRF):
+    """How masks of photos are made: how large they are seen, and the CRF on DeepLabV2's output of the public recipe."""
+
+    gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
+    bilateral: tuple[Sigma, Sigma, Weight] = (67.0, 3.0, 4.0)
+    longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
+    """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
 
 
 class Segmenter(NamedTuple):
@@ -82,9 +91,9 @@ def segment_photos(
     net: DeepLabV2,
     photos: Sequence[Path],
     finish: Callable[[int, Pixels, Mask], R],
+    settings: Photos = Photos(),
     *,
-    longest: int,
-    crf: CRF | None,
+    crf: bool = True,
     machine: Machine = Machine(),
     desc: str = "predict",
 ) -> Iterator[tuple[int, R | InputError]]:
@@ -96,19 +105,18 @@ def segment_photos(
     Args:
         net: on the machine's device; runs in evaluation mode.
         photos: files of any size and mode.
-        finish: is called with the photo's index, its pixels ``(h, w, 3)`` at most ``longest`` long, and its mask
+        finish: is called with the photo's index, its pixels ``(h, w, 3)`` as the network sees it, and its mask
             ``(H, W)`` at the photo's own size: 0, or class + 1. It can be pickled, as can what it returns.
-        longest: in pixels; larger photos are scaled down to it for network and CRF.
-        crf: that draws the masks to the edges of the photo; None for none.
+        settings: how large photos are seen, and the CRF.
+        crf: draw the masks to the edges of the photo.
         machine: where ``net`` is; with 0 or 1 workers everything happens in this process.
         desc: title of the progress bar.
 
     Yields:
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
-    check_integer("longest", longest, 1)
-    arguments = crf.arguments(machine) if crf is not None and crf.iterations else None
-    reading, finishing = _Reading(photos, longest), _Finishing(finish, arguments)
+    arguments = settings.arguments(machine) if crf and settings.iterations else None
+    reading, finishing = _Reading(photos, settings.longest), _Finishing(finish, arguments)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(machine.device).type == "cpu":
         workers = machine.workers

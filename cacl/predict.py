@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from cacl._support.checks import check_integer
 from cacl._support.distributed import find_device
 from cacl._support.files import replacing
 from cacl._support.pool import usable_cores
@@ -21,7 +22,7 @@ from cacl.config import Config
 from cacl.crf import Backend, check_backend
 from cacl.errors import InputError, shown
 from cacl.images import Mask, Pixels
-from cacl.photos import Segmenter, load_segmenter, segment_photos
+from cacl.photos import Photos, Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine
@@ -91,13 +92,15 @@ def predict(
         if (photo := known.get(_real(target))) is not None:
             raise InputError(f"{shown(photo)}: expected another folder `out`: this photo would be replaced")
     check_backend(backend)
+    if longest is not None:
+        check_integer("longest", longest, 1)
     cores = usable_cores()
     results = segment_photos(
         segmenter.net.to(place),
         [photo for photo, _ in found],
         _Writing(targets, pictures, segmenter.classes),
-        longest=table.longest if longest is None else longest,
-        crf=table if crf else None,
+        table if longest is None else table.model_copy(update={"longest": longest}),
+        crf=crf,
         machine=Machine(
             device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
         ),
@@ -111,7 +114,7 @@ def predict(
     return Predicted(segmenter.classes, made, problems)
 
 
-def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Predict]:
+def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Photos]:
     """The segmenter of a run folder with the run's settings, or that of a file with the default ones.
 
     Raises:
@@ -119,7 +122,7 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
     """
     path = Path(path)
     if not path.is_dir():
-        return load_segmenter(path, backbone=backbone), Predict()
+        return load_segmenter(path, backbone=backbone), Photos()
     stage = path / "segment"
     if not (path / "config.toml").is_file() or not RunFolder(path).finished("segment"):
         raise InputError(

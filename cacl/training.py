@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cacl._support.checkpoint import restore
 from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
+from cacl._support.parallel import distributed
 from cacl._support.pending import Pending, short
 from cacl._support.pool import naming_dead_loaders
 from cacl._support.progress import watched
@@ -157,7 +158,7 @@ def train(
             f"{checkpoint}: expected a file system that all processes see, but they found other steps in it"
         )
     rank_zero(lambda: log.rewind(name, start) if log is not None else None)
-    run = step if world_size() == 1 else _distributed(step, modules, device)
+    run = step if world_size() == 1 else distributed(step, modules, device)
 
     def finite() -> bool:
         values = (value for module in modules.values() for value in module.state_dict().values())
@@ -236,33 +237,6 @@ def train(
             save(steps)
         if any(gather(interrupts.came)):  # in the last steps
             interrupts.take_effect()
-
-
-class _Whole(nn.Module):
-    """A step and the parameters that it trains, as :class:`DistributedDataParallel` takes them.
-
-    Buffers are none of its business: they follow from what all processes see, or are those of rank 0 in the end.
-    """
-
-    def __init__(self, step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.step = step
-        self.trained = nn.ParameterList(p for module in modules.values() for p in module.parameters())
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return dict(self.step(batch))
-
-
-def _distributed(
-    step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], device: torch.device
-) -> nn.Module:
-    from torch.nn.parallel import DistributedDataParallel
-
-    if device.type == "cuda":  # on CPUs there is no batch norm over processes
-        for module in modules.values():
-            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    # The same parameters take part in every step, so that those which never do are found in the first one.
-    return DistributedDataParallel(_Whole(step, modules), static_graph=True)
 
 
 _SCHEDULES: Mapping[str, Callable[[float], float]] = {

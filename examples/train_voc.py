@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from cacl.cams import evaluate_cams, make_cams, train_classifier
 
 from cacl import (
     BackgroundSet,
@@ -24,7 +23,12 @@ from cacl import (
 )
 from cacl.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cacl.datasets import VOC
-from cacl.training import Batch, Log, Loop, train
+from cacl.loading import Batch
+from cacl.log import Journal, Log
+from cacl.settings import Machine
+from cacl.stages.cams import evaluate_cams, make_cams
+from cacl.stages.warmup import Warmup, train_classifier
+from cacl.training import Loop, train
 from cacl.transforms import RandomView
 
 
@@ -45,18 +49,16 @@ def main() -> None:
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = Machine(device, args.workers)
     images = VOC(args.data_root, args.train)
     encoder = load_encoder(args.encoder, device=device)
     net = CAMNet(20, backbone=args.backbone, weights=args.weights or None).to(device)
     log = Log(args.out / "log.jsonl")
     key = str(vars(args))  # of the checkpoints: those of other arguments are not used
 
-    def loop(epochs: float, schedule: str) -> Loop:
-        view = RandomView(args.crop)
-        return Loop(epochs, args.batch_size, view, schedule=schedule, workers=args.workers, device=device)
-
     # A multi-label classifier first: its CAMs are where CA-CL starts.
-    train_classifier(net, images, loop(args.warmup_epochs, "poly"), log=log, checkpoint=args.out / "warmup.pt", key=key)
+    warmup = Warmup(epochs=args.warmup_epochs, batch_size=args.batch_size, crop=args.crop)
+    train_classifier(net, images, warmup, machine=machine, journal=Journal(args.out / "warmup.pt", key, log))
 
     # Texts are encoded once: K × m prompts (eq. 3) and K × m·n background prompts (eq. 8).
     prompts, backgrounds = PromptSet(), BackgroundSet.voc(5)
@@ -82,15 +84,14 @@ def main() -> None:
 
     net.train()
     optimizer = torch.optim.SGD(net.parameter_groups(2.5e-4), weight_decay=1e-4)
-    modules, last = {"net": net, "select": select}, loop(args.epochs, "cosine")
-    train(step, modules, optimizer, images, last, name="cacl", log=log, checkpoint=args.out / "cacl.pt", key=key)
+    modules = {"net": net, "select": select}
+    loop = Loop(args.epochs, args.batch_size, RandomView(args.crop), workers=args.workers, device=device)
+    train(step, modules, optimizer, images, loop, name="cacl", log=log, checkpoint=args.out / "cacl.pt", key=key)
 
-    make_cams(net, images, args.out / "cams", device=device, workers=args.workers)
-    sweep = evaluate_cams(net, VOC(args.data_root, args.eval), device=device, workers=args.workers)
-    score, best = sweep.oracle
-    print(
-        f"CAM mIoU {100 * sweep.miou(0.15):.1f} % ({args.eval}, {sweep.images} images, background score 0.15, no CRF)"
-    )
+    make_cams(net, images, args.out / "cams", machine=machine)
+    sweep = evaluate_cams(net, VOC(args.data_root, args.eval), machine=machine)
+    miou, (score, best) = sweep.miou(0.15), sweep.oracle
+    print(f"CAM mIoU {100 * miou:.1f} % ({args.eval}, {sweep.images} images, background score 0.15, no CRF)")
     print(f"oracle {100 * best:.1f} % at background score {score}")
 
 

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from cacl.cams import train_cacl, train_classifier
-from cacl.masks import train_irnet
-from cacl.segment import train_segmenter
 from conftest import TinyEncoder
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -21,8 +18,12 @@ from cacl._support.distributed import process_group, rank, world_size
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
 from cacl.irn import IRNet
-from cacl.training import Loop, _order
-from cacl.transforms import RandomView
+from cacl.loading import order
+from cacl.log import Journal
+from cacl.stages.contrast import CACL, train_cacl
+from cacl.stages.irn import IRN, train_irnet
+from cacl.stages.segment import Segment, train_segmenter
+from cacl.stages.warmup import Warmup, train_classifier
 
 
 class Backbone(nn.Module):
@@ -49,7 +50,15 @@ def training(name: str, data: Path) -> dict[str, object]:
     """The gradients of each step, the weights at the end, the records of a short training, and this process's pairs."""
     torch.manual_seed(0)
     dataset = CSVDataset(data, "train")
-    loop = Loop(epochs=3, batch_size=5, view=RandomView(32), masks=name in ("irn", "segment"), progress=False)
+    common = {
+        "epochs": 3,
+        "batch_size": 5,
+        "crop": 32,
+        "scale": (0.625, 1.25),
+        "schedule": "cosine",
+        "weight_decay": 1e-4,
+    }
+    journal = Journal(callback=lambda record: records.append(record))
     gradients: list[dict[int, Tensor]] = []
     records: list[dict[str, object]] = []
 
@@ -58,12 +67,12 @@ def training(name: str, data: Path) -> dict[str, object]:
         gradients.append({i: p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None})
 
     pairs = [sum(len(dataset.entries[i].labels) for _, i in keys[rank() :: world_size()])
-             for keys in _order(len(dataset), loop, 0, loop.steps(len(dataset)))]  # fmt: skip
+             for keys in order(len(dataset), 5, 0, range(-(-3 * len(dataset) // 5)))]  # fmt: skip
     hook = register_optimizer_step_pre_hook(keep)
     modules: list[nn.Module]
     if name == "warmup":
         net = CAMNet(2, backbone=Backbone())
-        train_classifier(net, dataset, loop, momentum=0.9, callback=records.append)
+        train_classifier(net, dataset, Warmup(**common, momentum=0.9), journal=journal)
         modules = [net]
     elif name.startswith("cacl"):
         mode = name.split("-")[1]
@@ -72,15 +81,15 @@ def training(name: str, data: Path) -> dict[str, object]:
         words = BackgroundSet({"boat": ["lake", "pier"], "train": ["track"]})
         criterion = CACLLoss(TinyEncoder(), ("boat", "train"), backgrounds=words, suppression=suppression, beta=10.0)
         net = CAMNet(2, backbone=Backbone())
-        train_cacl(net, criterion, dataset, loop, lr=0.01, momentum=0.9, callback=records.append)
+        train_cacl(net, criterion, dataset, CACL(**common, lr=0.01, momentum=0.9), journal=journal)
         modules = [net, criterion]
     elif name == "irn":
         irnet = IRNet(Backbone())
-        train_irnet(irnet, dataset, data / "masks", loop, radius=4, momentum=0.9, callback=records.append)
+        train_irnet(irnet, dataset, data / "masks", IRN(**common, radius=4, momentum=0.9), journal=journal)
         modules = [irnet]
     else:
         segmenter = DeepLabV2(3, backbone=Backbone())
-        train_segmenter(segmenter, dataset, data / "masks", loop, lr=0.01, callback=records.append)
+        train_segmenter(segmenter, dataset, data / "masks", Segment(**common, lr=0.01), journal=journal)
         modules = [segmenter]
     hook.remove()
     return {

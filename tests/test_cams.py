@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from cacl.cams import evaluate_cams, load_cams, make_cams
 from conftest import TinyBackbone
 from drawn import write_csv
 from torch import nn
 
 from cacl import CAMNet
+from cacl.artifacts import load_cams
 from cacl.datasets import CSVDataset
+from cacl.settings import Machine
+from cacl.stages.cams import CAMs, evaluate_cams, make_cams
 from cacl.transforms import normalize
 
 
@@ -26,7 +28,7 @@ def net():
 
 
 def test_files_hold_what_predict_gives(data, net, tmp_path):
-    make_cams(net, data, tmp_path / "cams", scales=(0.5, 1.0), progress=False)
+    make_cams(net, data, tmp_path / "cams", CAMs(scales=(0.5, 1.0)))
     assert sorted(path.name for path in (tmp_path / "cams").iterdir()) == [f"{i}.npz" for i in range(6)]
     for i in range(6):
         with np.load(tmp_path / "cams" / f"{i}.npz", allow_pickle=False) as arrays:
@@ -41,21 +43,21 @@ def test_files_hold_what_predict_gives(data, net, tmp_path):
 
 
 def test_files_are_the_same_bytes_and_are_kept_if_asked(data, net, tmp_path):
-    make_cams(net, data, tmp_path / "a", progress=False)
-    make_cams(net, data, tmp_path / "b", progress=False, workers=2)
+    make_cams(net, data, tmp_path / "a")
+    make_cams(net, data, tmp_path / "b", machine=Machine(workers=2))
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     (tmp_path / "b" / "0.npz").write_text("kept")
     (tmp_path / "b" / "1.npz").unlink()
-    make_cams(net, data, tmp_path / "b", progress=False, keep=True)
+    make_cams(net, data, tmp_path / "b", keep=True)
     assert (tmp_path / "b" / "0.npz").read_text() == "kept"
     assert (tmp_path / "b" / "1.npz").read_bytes() == (tmp_path / "a" / "1.npz").read_bytes()
 
 
 def test_evaluation_from_files_equals_that_of_the_network(data, net, tmp_path):
-    make_cams(net, data, tmp_path / "cams", progress=False)
-    files = evaluate_cams(tmp_path / "cams", data, progress=False)
-    direct = evaluate_cams(net, data, progress=False)
+    make_cams(net, data, tmp_path / "cams")
+    files = evaluate_cams(tmp_path / "cams", data)
+    direct = evaluate_cams(net, data)
     assert files.images == direct.images == 6
     np.testing.assert_array_equal(files.iou, direct.iou)
 
@@ -72,22 +74,22 @@ def test_a_perfect_network_scores_near_one(tmp_path):
     data = CSVDataset(write_csv(tmp_path, size=(96, 128)), "train")
     net = CAMNet(2, backbone=Colours())
     net.classifier.weight.data[:, :, 0, 0] = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
-    sweep = evaluate_cams(net, data, scales=(1.0,), progress=False)
+    sweep = evaluate_cams(net, data, CAMs(scales=(1.0,)))
     assert sweep.oracle[1] > 0.93
     assert sweep.miou(0.15) > 0.6
 
 
 def test_images_without_labels_are_background(data, net, tmp_path):
     data.entries = tuple(entry._replace(labels=()) for entry in data.entries)
-    make_cams(net, data, tmp_path / "cams", progress=False)
+    make_cams(net, data, tmp_path / "cams")
     assert load_cams(tmp_path / "cams" / "0.npz", 2).maps.shape == (0, 12, 16)
-    sweep = evaluate_cams(tmp_path / "cams", data, progress=False)
+    sweep = evaluate_cams(tmp_path / "cams", data)
     assert np.all(sweep.iou[:, 1:] == 0)
 
 
 def test_the_network_keeps_its_mode(data, net):
     net.train()
-    evaluate_cams(net, data, scales=(1.0,), progress=False)
+    evaluate_cams(net, data, CAMs(scales=(1.0,)))
     assert net.training
     assert net.backbone.drop.training
 

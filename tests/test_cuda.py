@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cacl.cams import train_cacl, train_classifier
-from cacl.masks import train_irnet
-from cacl.segment import segment_photos, train_segmenter
 from conftest import TinyEncoder
 from drawn import picture, write_csv
 from test_pipeline import run
@@ -18,9 +15,14 @@ from cacl.crf import dense_crf
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2, segmentation_loss
 from cacl.irn import IRNet, affinity_loss
+from cacl.log import Journal
+from cacl.photos import segment_photos
 from cacl.random_walk import propagate
-from cacl.training import Loop
-from cacl.transforms import RandomView
+from cacl.settings import Machine
+from cacl.stages.contrast import CACL, train_cacl
+from cacl.stages.irn import IRN, train_irnet
+from cacl.stages.segment import Segment, train_segmenter
+from cacl.stages.warmup import Warmup, train_classifier
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -124,8 +126,8 @@ def test_masks_of_photos_equal_the_cpu_s(tmp_path, workers):
         picture(i, (48 + i, 64))[0].save(path)
     masks = []
     for device in ("cpu", "cuda"):
-        settings = {"device": device, "workers": workers, "progress": False}
-        masks.append([mask for _, mask in segment_photos(net.to(device), photos, _mask, **settings)])
+        machine = Machine(device=device, workers=workers)
+        masks.append([mask for _, mask in segment_photos(net.to(device), photos, _mask, machine=machine)])
     assert "4.png: no such file" in str(masks[0].pop()) == str(masks[1].pop())
     assert np.mean([np.mean(a == b) for a, b in zip(*masks, strict=True)]) > 0.99
 
@@ -141,25 +143,23 @@ def few_steps(stage, root, device, callback, *, precision="fp32", steps=3, compi
     """Train a small network of a stage; the network."""
     torch.manual_seed(0)
     dataset = CSVDataset(root, "train")
-    masks = stage in ("irn", "segment")
-    loop = Loop(
-        epochs=steps * 3 / len(dataset), batch_size=3, view=RandomView(64), device=device, precision=precision,
-        masks=masks, progress=False, workers=1,
-    )  # fmt: skip
+    common = {"epochs": steps * 3 / len(dataset), "batch_size": 3, "crop": 64, "scale": (0.625, 1.25)}
+    common |= {"schedule": "cosine", "momentum": 0.0, "weight_decay": 1e-4}
+    where = {"machine": Machine(device=device, precision=precision, workers=1), "journal": Journal(callback=callback)}
     makers = {"irn": lambda: IRNet("scenes"), "segment": lambda: DeepLabV2(3, backbone="scenes")}
     net: nn.Module = makers.get(stage, lambda: CAMNet(2, backbone="scenes"))()
     net.to(device, memory_format=torch.channels_last)
     if compiled:
         net.compile()
     if stage == "warmup":
-        train_classifier(net, dataset, loop, lr=0.01, callback=callback)
+        train_classifier(net, dataset, Warmup(**common, lr=0.01), **where)
     elif stage == "cacl":
         words = BackgroundSet({"boat": ["lake"], "train": ["track"]})
         criterion = CACLLoss(TinyEncoder().to(device), ("boat", "train"), backgrounds=words).to(device)
-        train_cacl(net, criterion, dataset, loop, lr=0.01, callback=callback)
+        train_cacl(net, criterion, dataset, CACL(**common, lr=0.01), **where)
     else:
-        trainer = train_irnet if stage == "irn" else train_segmenter
-        trainer(net, dataset, root / "masks", loop, lr=1e-4, callback=callback)
+        trainer, table = (train_irnet, IRN) if stage == "irn" else (train_segmenter, Segment)
+        trainer(net, dataset, root / "masks", table(**common, lr=1e-4), **where)
     return net
 
 

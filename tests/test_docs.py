@@ -26,8 +26,6 @@ import pytest
 import torch
 import torchvision
 from bad_files import png
-from cacl.cams import evaluate_cams, load_images
-from cacl.segment import load_segmenter, save_segmenter
 from conftest import TinyEncoder
 from drawn import picture, write_csv, write_voc
 from PIL import Image
@@ -40,8 +38,11 @@ from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
 from cacl.figures.style import check_report
 from cacl.irn import IRNet
+from cacl.loading import load_images
+from cacl.photos import load_segmenter, save_segmenter
 from cacl.pictures import palette
 from cacl.scenes import generate
+from cacl.stages.cams import evaluate_cams
 from cacl.voc_archive import export_voc
 
 ROOT = Path(__file__).parents[1]
@@ -347,7 +348,8 @@ def mistakes(place: Path):
         list(load_images(Deadly(write_csv(place / "deadly"), "train"), [0, 1], 1))
 
     def used_twice():
-        hold = "import sys; from cacl._files import *\nwith locked(Path('run')): print(flush=True); sys.stdin.read()"
+        hold = "import sys; from cacl._support.files import *\n"
+        hold += "with locked(Path('run')): print(flush=True); sys.stdin.read()"
         command = [sys.executable, "-c", hold]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=place) as other:
             other.stdout.readline()

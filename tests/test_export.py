@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cacl.segment import Segmenter
 from torch import nn
 
 from cacl.deeplab import DeepLabV2
 from cacl.errors import InputError
 from cacl.export import export_segmenter
+from cacl.photos import Segmenter
 from cacl.transforms import normalize
 
 SIZES = ((97, 131), (150, 64), (33, 47))  # odd, portrait, small

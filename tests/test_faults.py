@@ -245,7 +245,7 @@ def test_a_checkpoint_that_a_kill_cut_off_is_removed_with_the_others(place, whol
 HOLD = """
 import sys
 from pathlib import Path
-from cacl._files import locked
+from cacl._support.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -426,16 +426,16 @@ def test_torchrun_starts_again_when_a_process_was_killed(by_two):
 RESTART = """
 import os, time
 import torch
-from cacl._processes import gathered, joined
+from cacl._support.distributed import gather, process_group
 again, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0", os.environ["RANK"]
 if again and rank == "1":
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "{count}"
     time.sleep(2)
-with joined(torch.device("cpu"), 30):
-    gathered(rank)
+with process_group(torch.device("cpu"), 30):
+    gather(rank)
     if not again and rank == "1":
         os.kill(os.getpid(), 9)
-    print(gathered(rank))
+    print(gather(rank))
 """
 
 

@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 import torch
 from bad_files import Build, all_of, change, folder, link, nothing, pipe, put
-from cacl.cams import load_cams
-from cacl.masks import save_mask
 from drawn import write_csv, write_voc
 
+from cacl.artifacts import load_cams, save_mask
 from cacl.cli import main
 from cacl.errors import shown
 from cacl.images import read_mask

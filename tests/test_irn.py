@@ -11,7 +11,8 @@ import torch
 from conftest import TinyBackbone
 from torch import nn
 
-from cacl.irn import IRNet, affinity_loss, crf_labels, mine_labels
+from cacl.irn import IRNet, affinity_loss
+from cacl.mining import crf_labels, mine_labels
 
 IGNORE = 255
 

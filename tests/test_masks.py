@@ -7,19 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cacl.cams import ImageCAMs, evaluate_cams, load_cams, save_cams
-from cacl.masks import evaluate_refined, make_labels, make_masks, refine_cams, save_mask, train_irnet, walk, walk_cams
 from drawn import write_csv
 from PIL import Image
 
+from cacl.artifacts import ImageCAMs, load_cams, save_cams, save_mask
 from cacl.datasets import CSVDataset, Dataset
-from cacl.images import read_mask
-from cacl.irn import IRNet, mine_labels
+from cacl.images import VOC_COLOURS, read_mask
+from cacl.irn import IRNet
+from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
-from cacl.pictures import palette
+from cacl.mining import mine_labels
 from cacl.random_walk import propagate
-from cacl.training import Loop
-from cacl.transforms import RandomView, normalize
+from cacl.settings import Machine
+from cacl.stages.cams import evaluate_cams
+from cacl.stages.irn import IRN, evaluate_refined, make_labels, refine_cams, train_irnet
+from cacl.stages.masks import Masks, Walk, make_masks, walk, walk_cams
+from cacl.transforms import normalize
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_mined_labels_are_written_as_pictures(dataset, cams, tmp_path):
     for i, entry in enumerate(dataset.entries):
         with Image.open(tmp_path / f"labels/{entry.id}.png") as file:
             assert file.mode == "P"
-            assert np.array_equal(np.array(file.getpalette()).reshape(-1, 3), palette())
+            assert np.array_equal(np.array(file.getpalette()).reshape(-1, 3), VOC_COLOURS)
             found = load_cams(cams / f"{entry.id}.npz", 2)
             photo = dataset.image(i).permute(1, 2, 0).numpy()
             assert np.array_equal(np.array(file), mine_labels(photo, found.classes, found.maps))
@@ -59,8 +62,8 @@ def test_mined_labels_are_written_as_pictures(dataset, cams, tmp_path):
 
 
 def test_processes_write_the_same_labels(dataset, cams, tmp_path):
-    make_labels(dataset, cams, tmp_path / "one", workers=0)
-    make_labels(dataset, cams, tmp_path / "two", workers=2)
+    make_labels(dataset, cams, tmp_path / "one")
+    make_labels(dataset, cams, tmp_path / "two", machine=Machine(workers=2))
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
@@ -76,20 +79,21 @@ def test_what_is_there_can_be_kept(dataset, cams, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_missing_file_of_cams_is_named(dataset, cams, tmp_path, workers):
     (cams / "3.npz").unlink()
+    machine = Machine(workers=workers)
     for make in (
-        lambda: make_labels(dataset, cams, tmp_path / "labels", workers=workers),
-        lambda: walk_cams(net(), dataset, cams, tmp_path / "walk", workers=workers),
-        lambda: make_masks(dataset, cams, tmp_path / "masks", workers=workers),
-        lambda: evaluate_refined(dataset, cams, background_score=0.15, workers=workers),
+        lambda: make_labels(dataset, cams, tmp_path / "labels", machine=machine),
+        lambda: walk_cams(net(), dataset, cams, tmp_path / "walk", machine=machine),
+        lambda: make_masks(dataset, cams, tmp_path / "masks", machine=machine),
+        lambda: evaluate_refined(dataset, cams, background_score=0.15, machine=machine),
     ):
         with pytest.raises(ValueError, match=r"cams/3.npz: no such file$"):
             make()
 
 
-def train(network: IRNet, dataset: Dataset, labels: Path, **settings) -> list[dict]:
+def train(network: IRNet, dataset: Dataset, labels: Path, epochs: float = 2) -> list[dict]:
     records: list[dict] = []
-    loop = Loop(epochs=settings.pop("epochs", 2), batch_size=2, view=RandomView(48), masks=True, schedule="poly")
-    train_irnet(network, dataset, labels, loop, radius=4, callback=records.append, **settings)
+    settings = IRN(epochs=epochs, batch_size=2, crop=48, scale=(0.625, 1.25), radius=4, weight_decay=1e-4)
+    train_irnet(network, dataset, labels, settings, journal=Journal(callback=records.append))
     return records
 
 
@@ -110,7 +114,7 @@ def test_irnet_finds_the_edges_of_the_mined_labels(dataset, cams, tmp_path):
 
 def test_the_walk_is_that_of_the_networks_edges(dataset, cams, tmp_path):
     network = net()
-    walk_cams(network, dataset, cams, tmp_path / "walk", power=2.0, radius=3, beta=2.0, steps=9)
+    walk_cams(network, dataset, cams, tmp_path / "walk", Walk(power=2.0, radius=3, beta=2.0, steps=9))
     for i, entry in enumerate(dataset.entries):
         seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float() ** 2
         edges = network.predict(normalize(dataset.image(i))[None])[0]
@@ -122,7 +126,7 @@ def test_the_walk_is_that_of_the_networks_edges(dataset, cams, tmp_path):
 
 @pytest.mark.parametrize("unsure", [0.0, 0.1])
 def test_masks_are_foreground_background_or_unsure(dataset, cams, tmp_path, unsure):
-    make_masks(dataset, cams, tmp_path / "masks", background_score=0.4, unsure=unsure, crf={"iterations": 0})
+    make_masks(dataset, cams, tmp_path / "masks", Masks(background_score=0.4, unsure=unsure, iterations=0))
     for entry in dataset.entries:
         found = load_cams(cams / f"{entry.id}.npz", 2)
         maps = found.resized((48, 64))
@@ -135,7 +139,7 @@ def test_masks_are_foreground_background_or_unsure(dataset, cams, tmp_path, unsu
 
 
 def test_masks_with_a_crf(dataset, cams, tmp_path):
-    make_masks(dataset, cams, tmp_path / "masks", background_score=0.4, unsure=0)
+    make_masks(dataset, cams, tmp_path / "masks", Masks(background_score=0.4, unsure=0))
     for index, mask in refine_cams(dataset, cams, range(6), background_score=0.4):
         stored = read_mask(tmp_path / f"masks/{dataset.entries[index].id}.png").numpy()
         assert (stored == mask).mean() > 0.999
@@ -144,7 +148,7 @@ def test_masks_with_a_crf(dataset, cams, tmp_path):
 def test_cams_of_another_size_are_resized(randn):
     maps = np.zeros((2, 3, 4), np.float16)
     maps[1, 1, 1] = 1
-    walked = walk(ImageCAMs(np.array([0, 5]), maps), torch.zeros(12, 16), steps=4)
+    walked = walk(ImageCAMs(np.array([0, 5]), maps), torch.zeros(12, 16), Walk(steps=4))
     assert walked.maps.shape == (2, 12, 16)
     assert walked.maps.max() == 1
     assert not walked.maps[0].any()
@@ -205,13 +209,13 @@ def test_cams_after_a_crf(dataset, cams):
 @pytest.mark.parametrize(("name", "value"), [("background_score", 1.5), ("unsure", -0.1)])
 def test_settings_of_masks_out_of_range_are_named(dataset, cams, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
-        make_masks(dataset, cams, tmp_path / "masks", **{name: value})
+        make_masks(dataset, cams, tmp_path / "masks", Masks(**{name: value}))
 
 
 @pytest.mark.parametrize(("name", "value"), [("power", 0.0), ("beta", -1.0), ("radius", 0), ("steps", -1)])
 def test_settings_of_the_walk_out_of_range_are_named(dataset, cams, tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
-        walk_cams(net(), dataset, cams, tmp_path / "walk", **{name: value})
+        walk_cams(net(), dataset, cams, tmp_path / "walk", Walk(**{name: value}))
 
 
 def test_what_is_wrong_with_an_image_names_it(dataset, cams, tmp_path):
@@ -222,7 +226,7 @@ def test_what_is_wrong_with_an_image_names_it(dataset, cams, tmp_path):
     with pytest.raises(
         ValueError, match=r"images/0.png: Expected argument `bilateral` to be wider for an image of 64×48"
     ):
-        make_labels(dataset, cams, tmp_path / "labels", crf={"bilateral": (1e-4, 1e-4, 1.0), "backend": "torch"})
+        make_labels(dataset, cams, tmp_path / "labels", IRN(bilateral=(1e-4, 1e-4, 1.0)), machine=Machine(crf="torch"))
 
 
 def test_own_reading_of_images_is_used(dataset, cams, tmp_path):

@@ -227,7 +227,7 @@ def test_changed_settings_leave_nothing_of_the_run_before(root, tmp_path, monkey
             raise KeyboardInterrupt
         return replacing(path)
 
-    monkeypatch.setattr("cacl.cams.replacing", stopping)
+    monkeypatch.setattr("cacl.artifacts.replacing", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(root, out, "cacl.alpha=5")
     run(root, out, "cacl.alpha=5")

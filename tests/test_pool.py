@@ -122,7 +122,7 @@ def test_bad_workers(workers):
 @pytest.mark.slow
 def test_a_script_without_guard_works(tmp_path):
     script = """
-        from cacl._pool import map_processes
+        from cacl._support.pool import map_processes
         print("once")
         print(list(map_processes(abs, [-1, 2], workers=2)))
     """
@@ -133,7 +133,7 @@ def test_a_script_without_guard_works(tmp_path):
 @pytest.mark.slow
 def test_a_function_of_the_script_works_where_guarded_and_is_one_line_where_not(tmp_path):
     script = """
-        from cacl._pool import map_processes
+        from cacl._support.pool import map_processes
         def double(x):
             return 2 * x
         {guard}
@@ -152,7 +152,7 @@ def test_a_function_of_the_script_works_where_guarded_and_is_one_line_where_not(
 def test_no_process_is_left_behind(tmp_path, kill):
     script = """
         import sys
-        from cacl._pool import map_processes
+        from cacl._support.pool import map_processes
         from test_pool import slow_start
         for _, process in map_processes(slow_start, range(10**6), workers=2):
             print(process, flush=True)

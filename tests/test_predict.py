@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cacl.segment import save_segmenter
 from PIL import Image
 
 from cacl.cli import main
 from cacl.config import Config
 from cacl.deeplab import DeepLabV2
+from cacl.photos import save_segmenter
 from cacl.pictures import legend, overlay, palette
 from cacl.predict import predict
 
@@ -186,17 +186,17 @@ def test_a_run_folder_brings_its_settings(model, tmp_path, monkeypatch):
         (run / "segment/stage.json").write_text(state)
     seen = []
 
-    def spy(net, photos, finish, **settings):
-        seen.append(settings)
+    def spy(net, photos, finish, settings, *, crf, machine):
+        seen.append((settings, crf))
         return iter(())
 
     monkeypatch.setattr("cacl.predict.segment_photos", spy)
     predict(run, [tmp_path / "a.png"], tmp_path / "out")
     predict(run, [tmp_path / "a.png"], tmp_path / "out", crf=False, longest=99)
     predict(model, [tmp_path / "a.png"], tmp_path / "out")
-    assert [s["longest"] for s in seen] == [77, 99, 1024]
-    assert [s["crf"] and s["crf"]["iterations"] for s in seen] == [4, None, 10]
-    assert seen[0]["crf"]["bilateral"] == (67.0, 3.0, 4.0)
+    assert [settings.longest for settings, _ in seen] == [77, 99, 1024]
+    assert [crf and settings.iterations for settings, crf in seen] == [4, False, 10]
+    assert seen[0][0].bilateral == (67.0, 3.0, 4.0)
 
 
 @pytest.mark.parametrize(

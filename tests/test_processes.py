@@ -145,12 +145,12 @@ def test_what_is_wrong_is_said_once(tmp_path, setting, line):
 
 TWICE = """
 import sys
-from cacl import _session
+from cacl import settings
 from test_pipeline import run
 root, out = sys.argv[1:]
 for name in ("a", "b"):
     run(root, f"{out}/{name}")
-_session._state_of = lambda file: [__import__("os").getpid()]  # files of other times on every machine
+settings._state_of = lambda file: [__import__("os").getpid()]  # files of other times on every machine
 for _ in range(2):
     run(root, f"{out}/b", "cacl.epochs=1", stages=["warmup", "cacl"])
 """
@@ -169,11 +169,11 @@ def test_a_process_may_take_part_in_several_runs(tmp_path):
 
 RAISING = """
 import torch
-from cacl._processes import gathered, joined
+from cacl._support.distributed import gather, process_group
 for number in range(2):
     try:
-        with joined(torch.device("cpu"), 30):
-            assert gathered(number) == [number, number]
+        with process_group(torch.device("cpu"), 30):
+            assert gather(number) == [number, number]
             raise ValueError("both")
     except ValueError:
         print("left" if not torch.distributed.is_initialized() else "still in it")

@@ -12,15 +12,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from cacl._session import Session
-from cacl.masks import save_mask
 from conftest import TinyBackbone, TinyEncoder
 from drawn import write_csv
 from PIL import Image
 
 from cacl import ablate, pipeline
+from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.report import report, write_report
+from cacl.runs.session import Session
 
 SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0", "report.images=2",
@@ -309,7 +309,7 @@ def test_hostile_names_are_text(tmp_path):
 def test_without_the_extra_there_are_pictures_and_one_line(world, tmp_path, monkeypatch, caplog):
     _, out = world
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    session = Session(Config.load(out / "config.toml"), TinyEncoder(), TinyBackbone(), None)
+    session = Session(Config.load(out / "config.toml"), TinyEncoder(), TinyBackbone())
     with caplog.at_level("INFO", logger="cacl"):
         assert write_report(session, tmp_path) == tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"cams.png", "masks.png", "segmentation.png"}

@@ -205,8 +205,8 @@ def test_ca_cl_beats_the_warm_up(tmp_path):
 
 
 def test_own_words_beside_a_csv_are_used(world, tmp_path):
-    from cacl._session import Session
+    from cacl.runs.session import Session
 
     settings = [f"data.root={world}", "data.format=csv", f"run.out={tmp_path}"]
-    session = Session(Config.load("scenes", settings), None, None, None)
+    session = Session(Config.load("scenes", settings))
     assert session.backgrounds["boat"] == scenes.BACKGROUNDS["boat"][:5]

@@ -5,15 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cacl.segment import (
-    evaluate_segmenter,
-    load_segmenter,
-    make_predictions,
-    mask_of,
-    save_segmenter,
-    segment_photos,
-    train_segmenter,
-)
 from conftest import TinyBackbone
 from drawn import write_csv
 from PIL import Image
@@ -22,8 +13,11 @@ from torch.nn import functional as F
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
 from cacl.metrics import ConfusionMatrix
-from cacl.training import Loop
-from cacl.transforms import RandomView, normalize
+from cacl.photos import Photos, load_segmenter, mask_of, save_segmenter, segment_photos
+from cacl.settings import Machine
+from cacl.stages.predict import evaluate_segmenter, make_predictions
+from cacl.stages.segment import Segment, train_segmenter
+from cacl.transforms import normalize
 
 
 @pytest.fixture
@@ -42,12 +36,17 @@ def net():
     return net
 
 
+NO_CRF = Photos(iterations=0)
+
+
 def keep(index, pixels, mask):
     return pixels.shape, mask
 
 
-def loop(**settings):
-    return Loop(epochs=1, batch_size=3, view=RandomView(32), masks=True, progress=False, **settings)
+def training(**settings):
+    return Segment(
+        **{"epochs": 1, "batch_size": 3, "crop": 32, "schedule": "cosine", "scale": (0.625, 1.25), **settings}
+    )
 
 
 def test_training_learns_from_the_folder_of_masks_alone(dataset, tmp_path, net):
@@ -56,9 +55,8 @@ def test_training_learns_from_the_folder_of_masks_alone(dataset, tmp_path, net):
     for entry in dataset.entries:
         Image.new("L", (64, 48), 2).save(masks / f"{entry.id}.png")
         entry.mask.unlink()  # its own masks are not needed
-    settings = Loop(epochs=20, batch_size=3, view=RandomView(32), masks=True, progress=False)
-    train_segmenter(net, dataset, masks, settings, lr=0.001)
-    for _, (_, mask) in segment_photos(net, [entry.image for entry in dataset.entries], keep, progress=False):
+    train_segmenter(net, dataset, masks, training(epochs=20, lr=0.001))
+    for _, (_, mask) in segment_photos(net, [entry.image for entry in dataset.entries], keep):
         assert (mask == 2).all()
 
 
@@ -66,11 +64,11 @@ def test_masks_that_do_not_fit_are_named(dataset, tmp_path, net):
     masks = tmp_path / "pseudo"
     masks.mkdir()
     with pytest.raises(ValueError, match=r"pseudo/\d.png: no such file"):
-        train_segmenter(net, dataset, masks, loop())
+        train_segmenter(net, dataset, masks, training())
     for entry in dataset.entries:
         Image.new("L", (64, 48), 3).save(masks / f"{entry.id}.png")
     with pytest.raises(ValueError, match=r"pseudo: expected values 0 to 2 or 255, but got 3 in one of \d, \d, \d"):
-        train_segmenter(net, dataset, masks, loop())
+        train_segmenter(net, dataset, masks, training())
 
 
 def test_the_file_of_a_segmenter(tmp_path, net):
@@ -96,7 +94,7 @@ def test_the_file_of_a_segmenter(tmp_path, net):
 def test_a_mask_is_the_best_class_of_the_network(dataset, net):
     photos = [entry.image for entry in dataset.entries]
     seen = set()
-    for index, (shape, mask) in segment_photos(net, photos, keep, crf=None, progress=False):
+    for index, (shape, mask) in segment_photos(net, photos, keep, crf=False):
         image = normalize(dataset.image(index))[None]
         with torch.no_grad():
             logits = F.interpolate(net.eval()(image), size=(48, 64), mode="bilinear")
@@ -106,10 +104,10 @@ def test_a_mask_is_the_best_class_of_the_network(dataset, net):
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("crf", [None, {"backend": "torch"}])
+@pytest.mark.parametrize("crf", [False, True])
 def test_the_number_of_processes_changes_nothing(dataset, net, crf):
     photos = [*(entry.image for entry in dataset.entries), dataset.entries[0].image.with_name("gone.png")]
-    runs = [list(segment_photos(net, photos, keep, crf=crf, workers=n, progress=False)) for n in (0, 2)]
+    runs = [list(segment_photos(net, photos, keep, crf=crf, machine=Machine(workers=n, crf="torch"))) for n in (0, 2)]
     for (i, one), (j, two) in zip(*runs, strict=True):
         assert i == j
         if i == 6:
@@ -125,7 +123,7 @@ def test_a_backbone_that_cannot_be_sent_to_other_processes(dataset, caplog):
     net = DeepLabV2(3, backbone=Local())
     with caplog.at_level("INFO", "cacl"):
         photos = [entry.image for entry in dataset.entries]
-        assert len(list(segment_photos(net, photos, keep, crf=None, workers=2, progress=False))) == 6
+        assert len(list(segment_photos(net, photos, keep, crf=False, machine=Machine(workers=2)))) == 6
     assert "in one process" in caplog.text
 
 
@@ -133,7 +131,7 @@ def test_large_photos_are_scaled_down_and_masks_have_the_photos_size(tmp_path, n
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(small).resize((300, 200), Image.Resampling.NEAREST).save(tmp_path / "large.png")
-    ((_, (shape, mask)),) = segment_photos(net, [tmp_path / "large.png"], keep, longest=90, crf=None, progress=False)
+    ((_, (shape, mask)),) = segment_photos(net, [tmp_path / "large.png"], keep, Photos(longest=90), crf=False)
     assert shape == (60, 90, 3)
     assert mask.shape == (200, 300)
     assert len(np.unique(mask)) > 1
@@ -153,19 +151,15 @@ def test_large_photos_are_scaled_down_and_masks_have_the_photos_size(tmp_path, n
 def test_the_crf_gets_the_classes_that_may_be_there(monkeypatch):
     given = []
 
-    class Crf:
-        def __init__(self, image, **settings):
-            given.append(settings)
+    def crf(image, probabilities, **settings):
+        given.append((probabilities.shape, settings))
+        return probabilities
 
-        def __call__(self, probabilities, *, iterations):
-            given.append((probabilities.shape, iterations))
-            return probabilities
-
-    monkeypatch.setattr("cacl.segment.DenseCRF", Crf)
+    monkeypatch.setattr("cacl.photos.dense_crf", crf)
     logits = torch.full((21, 4, 4), -20.0)
     logits[3], logits[7, 0, 0], logits[20, :, 2:] = 5.0, 4.0, 9.0
     mask = mask_of(logits, np.zeros((32, 32, 3), np.uint8), (32, 32), {"gaussian": (1.0, 2.0), "iterations": 3})
-    assert given == [{"gaussian": (1.0, 2.0)}, ((3, 32, 32), 3)]
+    assert given == [((3, 32, 32), {"gaussian": (1.0, 2.0), "iterations": 3})]
     assert set(np.unique(mask)) == {3, 20}
     assert mask[16, 4] == 3
     assert mask[16, 28] == 20
@@ -173,21 +167,21 @@ def test_the_crf_gets_the_classes_that_may_be_there(monkeypatch):
 
 def test_predictions_and_their_score(tmp_path, net, dataset):
     out = tmp_path / "out"
-    make_predictions(net, dataset, out, crf=None, progress=False)
+    make_predictions(net, dataset, out, NO_CRF)
     matrix = ConfusionMatrix(2)
     for i, entry in enumerate(dataset.entries):
         with Image.open(out / f"{entry.id}.png") as file:
             assert file.mode == "P"
             assert file.getpalette()[3:6] == [128, 0, 0]
             matrix.update(dataset.mask(i).numpy(), np.array(file))
-    found, images = evaluate_segmenter(net, dataset, crf=None, progress=False)
+    found, images = evaluate_segmenter(net, dataset, crf=False)
     assert images == 6
     assert np.array_equal(found.counts, matrix.counts)
     (out / "0.png").unlink()
     (out / "1.png").write_text("kept")
-    make_predictions(net, dataset, out, crf=None, keep=True, progress=False)
+    make_predictions(net, dataset, out, NO_CRF, keep=True)
     assert (out / "0.png").is_file()
     assert (out / "1.png").read_text() == "kept"
     dataset.entries[0].image.write_text("broken")
     with pytest.raises(ValueError, match=r"images/0.png: not an image that decodes"):
-        make_predictions(net, dataset, out, crf=None, progress=False)
+        make_predictions(net, dataset, out, NO_CRF)

@@ -10,7 +10,9 @@ from drawn import write_csv
 from torch import nn
 
 from cacl.datasets import CSVDataset
-from cacl.training import Log, Loop, _mix, train
+from cacl.loading import mixed
+from cacl.log import Log
+from cacl.training import Loop, train
 from cacl.transforms import RandomView
 
 
@@ -70,7 +72,7 @@ def test_equals_a_plain_loop(data):
     for ids in steps:
         images, labels = [], []
         for id in ids:
-            generator = torch.Generator().manual_seed(_mix(loop.seed, position // len(data), int(id)))
+            generator = torch.Generator().manual_seed(mixed(loop.seed, position // len(data), int(id)))
             images.append(loop.view(data.image(int(id)), generator=generator)[0])
             labels.append(data.labels(int(id)))
             position += 1

@@ -8,10 +8,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from cacl.masks import save_mask
 from PIL import Image
 
 from cacl import voc_archive
+from cacl.artifacts import save_mask
 from cacl.voc_archive import export_voc
 
 IDS = ["2008_000006", "2008_000011", "2008_000012"]
@@ -124,10 +124,13 @@ def test_an_archive_is_replaced_when_all_is_right(folder):
 WRONG = {
     "grey": (
         {"mode": "L"},
-        "a palette PNG of 8 bits, but got mode L, depth 8; write masks as cacl.masks.save_mask does",
+        "a palette PNG of 8 bits, but got mode L, depth 8; write masks as cacl.artifacts.save_mask does",
     ),
-    "colour": ({"mode": "RGB"}, "a palette PNG of 8 bits, but got mode RGB, depth 8; write masks as cacl.masks"),
-    "4 bits": ({"bits": 4}, "a palette PNG of 8 bits, but got mode P, depth 4; write masks as cacl.masks.save_mask"),
+    "colour": ({"mode": "RGB"}, "a palette PNG of 8 bits, but got mode RGB, depth 8; write masks as cacl.artifacts"),
+    "4 bits": (
+        {"bits": 4},
+        "a palette PNG of 8 bits, but got mode P, depth 4; write masks as cacl.artifacts.save_mask",
+    ),
     "size": ({"shape": (37, 50)}, "50×37 pixels as the photo, but got 37×50"),
     "row": ({"shape": (50, 38)}, "50×37 pixels as the photo, but got 50×38"),
     "value": ({"value": 21}, "values 0 to 20, but got 21"),

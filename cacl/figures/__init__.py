@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from cacl.errors import InputError, expected
+from cacl.errors import expected
+from cacl.figures.grid import photo_grid as photo_grid
 from cacl.figures.style import (
     INK,
     MUTED,
@@ -23,8 +23,6 @@ from cacl.figures.style import (
     series,
     styled,
 )
-from cacl.images import Pixels
-from cacl.pictures import palette
 from cacl.stages.chain import CHAIN
 
 if TYPE_CHECKING:
@@ -224,7 +222,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
     if not keys:
         raise expected("costs", "seconds or memory_mb of at least one stage", dict(costs))
     figure = new_figure((WIDTH, 0.7 + 0.3 * len(costs)))
-    titles = {"seconds": "Time", "memory_mb": "Peak memory of the process"}
+    panels = {"seconds": "Time", "memory_mb": "Peak memory of the process"}
     for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
         values = [float(cost.get(key, math.nan)) for cost in costs.values()]
         longest = max((value for value in values if value == value), default=1.0) or 1.0
@@ -233,7 +231,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
             if value == value:
                 text = duration(value) if key == "seconds" else memory(value)
                 axes.annotate(text, (value, y), xytext=(5, 0), textcoords="offset points", va="center")
-        axes.set(title=titles[key], xlim=(0, 1.2 * longest), ylim=(len(values) - 0.4, -0.6), xticks=[])
+        axes.set(title=panels[key], xlim=(0, 1.2 * longest), ylim=(len(values) - 0.4, -0.6), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.grid(visible=False)
         axes.set_yticks(range(len(values)), [_title(stage, titles) for stage in costs])
@@ -241,63 +239,6 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
     return figure
 
 
-@styled
-def photo_grid(
-    titles: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[Pixels]]],
-    *,
-    legend: Mapping[int, str] | None = None,
-    height: float = 1.3,
-) -> Figure:
-    """A table of photos, heatmaps and masks, as in the paper's figures 3 to 7.
-
-    Pictures come from :func:`cacl.pictures.heatmap` and :func:`cacl.pictures.overlay`.
-
-    Args:
-        titles: of the columns.
-        rows: each a caption and an ``(H, W, 3)`` uint8 picture for every column.
-        legend: mask value -> class name, shown below in the colours of its masks.
-        height: of a picture in inches; none is wider than 3/2 of that.
-    """
-    if not rows or any(len(pictures) != len(titles) for _, pictures in rows):
-        raise InputError(f"Expected at least one row, and a picture for each of {len(titles)} columns.")
-    sizes = [[_fitted(picture.shape[:2], height) for picture in pictures] for _, pictures in rows]
-    widths = [max(row[c][1] for row in sizes) for c in range(len(titles))]
-    gap, line = 0.06, 0.24
-    heads = ["\n".join(textwrap.wrap(title, max(4, int(w / 0.088)))) for title, w in zip(titles, widths, strict=True)]
-    head = 0.1 + 0.16 * max(text.count("\n") + 1 for text in heads)
-    entries = list((legend or {}).items())
-    width = sum(widths) + gap * (len(widths) + 1)
-    columns = max(1, int(width // 1.2))
-    foot = line * -(-len(entries) // columns)
-    figure = new_figure((width, head + len(rows) * (line + height) + gap + foot), constrained=False)
-    tall = figure.get_figheight()
-    lefts = [gap + sum(widths[:c]) + gap * c for c in range(len(widths))]
-    for left, text in zip(lefts, heads, strict=True):
-        figure.text(left / width, 1 - (head - 0.03) / tall, text, va="bottom", fontweight="bold")
-    for r, (caption, pictures) in enumerate(rows):
-        top = head + r * (line + height)
-        figure.text(gap / width, 1 - (top + 0.5 * line) / tall, caption, va="center", color=MUTED)
-        for left, picture, (high, wide) in zip(lefts, pictures, sizes[r], strict=True):
-            box = (left / width, 1 - (top + line + high) / tall, wide / width, high / tall)
-            axes = figure.add_axes(box)
-            axes.imshow(picture, aspect="auto", interpolation="none")
-            axes.set_axis_off()
-    colours = palette() / 255
-    for i, (value, name) in enumerate(entries):
-        left = gap + (i % columns) * (width / columns)
-        y = (foot - (i // columns + 0.5) * line) / tall
-        figure.text(left / width, y, "■", va="center", color=tuple(colours[value]), fontsize=12)
-        figure.text((left + 0.18) / width, y, name, va="center")
-    return figure
-
-
 def _title(stage: str, titles: Mapping[str, str] | None) -> str:
     known = {each.name: each.title for each in CHAIN} if titles is None else titles
     return known.get(stage, stage)
-
-
-def _fitted(size: tuple[int, ...], height: float) -> tuple[float, float]:
-    """Height and width in inches of a picture that is ``size`` pixels, at most ``height`` and 3/2 of that."""
-    scale = min(height / size[0], 1.5 * height / size[1])
-    return size[0] * scale, size[1] * scale

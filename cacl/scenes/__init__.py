@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from cacl._support.checks import check_integer, check_positive
@@ -20,9 +19,11 @@ from cacl._support.pool import leave_signals, loaded
 from cacl._support.progress import watched
 from cacl.errors import InputError
 from cacl.scenes import scenery
+from cacl.scenes.canvas import CLASSES as CLASSES
+from cacl.scenes.canvas import WORDS as WORDS
+from cacl.scenes.canvas import Canvas, placed
+from cacl.scenes.canvas import Scene as Scene
 
-CLASSES: tuple[str, ...] = tuple(scenery.OBJECTS)
-"""The object classes."""
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "aeroplane": ("sky", "runway", "cloud", "grass", "fence", "mountain", "building"),
     "bird": ("branch", "sky", "leaves", "nest", "grass", "forest", "flower"),
@@ -36,8 +37,6 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "train": ("rails", "gravel", "forest", "platform", "building", "bridge", "sky"),
 }
 """What is seen with each class, the most frequent first; none is the name of a class."""
-WORDS: tuple[str, ...] = tuple(scenery.BACKGROUNDS)
-"""All background words; a map of words holds their place in this list, from 1 on."""
 LOOKS: dict[str, str] = {
     "photo": "a photo of {}.",
     "image": "an image of {}.",
@@ -46,28 +45,6 @@ LOOKS: dict[str, str] = {
     "origami": "a clean origami {}.",
 }
 """Look -> its wording: textured, flat, outlined, blurred and noisy; :func:`generate` never draws the last, folded."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One drawn scene."""
-
-    image: Image.Image
-    mask: NDArray[np.uint8]
-    """``(H, W)``: 0 background, k the k-th of :data:`CLASSES` from 1 on."""
-    words: NDArray[np.uint8]
-    """``(H, W)``: 0 an object, i the i-th of :data:`WORDS` from 1 on."""
-    look: str
-
-    @property
-    def classes(self) -> list[str]:
-        """The classes that can be seen."""
-        return [CLASSES[k - 1] for k in np.unique(self.mask) if k]
-
-    @property
-    def backgrounds(self) -> list[str]:
-        """The background words that can be seen."""
-        return [WORDS[i - 1] for i in np.unique(self.words) if i]
 
 
 def generate(
@@ -176,7 +153,7 @@ def draw(
     look = list(LOOKS)[rng.integers(looks)]
     count = 0 if rng.random() < empty else 1 + (rng.random() < 0.35)
     classes = [str(name) for name in rng.choice(CLASSES, max(count, 1), replace=rng.random() < 0.3)]
-    canvas = _Canvas(rng, size, look)
+    canvas = Canvas(rng, size, look)
     horizon = rng.uniform(0.35, 0.65)
 
     def pick(places: Collection[str]) -> str:
@@ -191,7 +168,7 @@ def draw(
     def thing(span: float, low: float) -> None:
         word = pick(scenery.SHAPES)
         matrix = _matrix(rng, (rng.uniform(0.1, 0.9), low + rng.uniform(-0.15, 0.2)), span)
-        canvas.background(word, [_place_points(points, matrix) for points in scenery.SHAPES[_place(word)]])
+        canvas.background(word, [placed(points, matrix) for points in scenery.SHAPES[_place(word)]])
 
     for _ in range(rng.integers(1, 3)):
         thing(rng.uniform(0.4, 0.75), horizon)
@@ -203,101 +180,6 @@ def draw(
     if rng.random() < 0.25:  # something stands in front
         thing(rng.uniform(0.25, 0.4), 0.8)
     return canvas.finish()
-
-
-class _Canvas:
-    """Paints layer upon layer, in twice the size; mask and words are kept beside the image."""
-
-    def __init__(self, rng: np.random.Generator, size: int, look: str) -> None:
-        self.rng, self.size, self.look = rng, size, look
-        self.image = Image.new("RGB", (2 * size, 2 * size))
-        self.ids = Image.new("L", (size, size))
-        self.words = Image.new("L", (size, size))
-        self.strength = {"photo": 0.26, "image": 0.06, "picture": 0.16, "snapshot": 0.26, "origami": 0.0}[look]
-
-    def background(self, word: str, outlines: list[NDArray[np.float64]]) -> None:
-        colours = scenery.BACKGROUNDS[word].colours
-        colour = colours[self.rng.integers(len(colours))]
-        self._paint(outlines, self._jitter(colour, 16), scenery.BACKGROUNDS[word].pattern)
-        self._mark(self.words, outlines, 1 + WORDS.index(word))
-        self._mark(self.ids, outlines, 0)
-
-    def object(self, name: str, matrix: NDArray[np.float64], *, plain: bool) -> None:
-        body = self._jitter(scenery.BODY[self.rng.integers(len(scenery.BODY))], 20)
-        for part in scenery.OBJECTS[name]:
-            outlines = [_place_points(points, matrix) for points in _outlines(part)]
-            if plain or isinstance(part.paint, str):
-                colour = body + self.rng.normal(0, 14)
-            else:
-                colour = self._jitter(part.paint, 14)
-            self._paint(outlines, colour, part.pattern)
-            self._mark(self.ids, outlines, 1 + CLASSES.index(name))
-            self._mark(self.words, outlines, 0)
-
-    def finish(self) -> Scene:
-        image = self.image.reduce(2)
-        rng, size = self.rng, self.size
-        if self.look == "snapshot":
-            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.8, 1.6) * size / 160))
-        noise = {"photo": 5.0, "image": 0.0, "picture": 2.0, "snapshot": 16.0, "origami": 0.0}[self.look]
-        pixels = np.asarray(image, dtype=np.float32)
-        if self.look in ("photo", "snapshot"):  # light from one side
-            one, other = rng.uniform(0.75, 1.2, 2)
-            ramp = np.linspace(one, other, size, dtype=np.float32)
-            pixels = pixels * (ramp[:, None, None] if rng.random() < 0.5 else ramp[None, :, None])
-        if noise:
-            pixels = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * noise
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        return Scene(image, np.array(self.ids), np.array(self.words), self.look)
-
-    def _jitter(self, colour: scenery.Colour, amount: float) -> NDArray[np.float64]:
-        light = self.rng.normal(0, amount)
-        return np.clip(np.asarray(colour) + light + self.rng.normal(0, amount / 2, 3), 0, 255)
-
-    def _paint(self, outlines: list[NDArray[np.float64]], colour: NDArray[np.float64], pattern: str) -> None:
-        side = 2 * self.size
-        points = [outline * side for outline in outlines]
-        every = np.concatenate(points)
-        low, high = every.min(0).clip(0, side - 1).astype(int), np.ceil(every.max(0)).clip(1, side).astype(int)
-        if np.any(high <= low):
-            return
-        box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-        cover = Image.new("L", (box[2] - box[0], box[3] - box[1]))
-        pen = ImageDraw.Draw(cover)
-        shifted = [[(x - box[0], y - box[1]) for x, y in outline.tolist()] for outline in points]
-        for outline in shifted:
-            pen.polygon(outline, fill=255)
-        if self.look == "origami":  # each piece is two folds of paper
-            fold = Image.linear_gradient("L").resize(cover.size).point([96] * 128 + [160] * 128)
-            patch, strength = fold, 0.35
-        else:
-            at = self.rng.integers(0, scenery.TILE, 2)
-            patch = _window(scenery.pattern(pattern), at, cover.size)
-            strength = self.strength
-        factor = 1 + strength * (np.arange(256) - 128) / 64
-        palette = (factor[:, None] * colour).clip(0, 255).astype(np.uint8)
-        patch.putpalette(palette.tobytes())
-        self.image.paste(patch.convert("RGB"), box[:2], cover)
-        if self.look == "picture":
-            pen = ImageDraw.Draw(self.image)
-            for closed in (np.vstack((outline, outline[:1])) for outline in points):
-                pen.line([tuple(p) for p in closed.tolist()], fill=(24, 22, 30), width=4)
-
-    def _mark(self, layer: Image.Image, outlines: list[NDArray[np.float64]], value: int) -> None:
-        pen = ImageDraw.Draw(layer)
-        for outline in outlines:
-            pen.polygon([tuple(p) for p in (outline * self.size - 0.25).tolist()], fill=value)
-
-
-def _window(tile: Image.Image, at: NDArray[np.int64], size: tuple[int, int]) -> Image.Image:
-    """A window of a tile that goes on beyond its edges."""
-    x, y = int(at[0]), int(at[1])
-    if x + size[0] > scenery.TILE or y + size[1] > scenery.TILE:
-        tile = ImageChops.offset(tile, -x, -y)
-        x = y = 0
-    if max(size) > scenery.TILE:
-        return tile.resize(size)
-    return tile.crop((x, y, x + size[0], y + size[1]))
 
 
 def _place(word: str) -> str:
@@ -312,25 +194,3 @@ def _matrix(rng: np.random.Generator, centre: tuple[float, float], span: float) 
     rotation = np.array(((np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))))
     linear = rotation @ scale
     return np.column_stack((linear, np.asarray(centre) - linear @ (0.5, 0.5)))
-
-
-def _place_points(points: scenery.Points, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    placed: NDArray[np.float64] = np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
-    return placed
-
-
-def _outlines(part: scenery.Part) -> list[scenery.Points]:
-    """A part as polygons."""
-    if part.shape == "polygon":
-        return [part.points]
-    if part.shape == "oval":
-        (x0, y0), (x1, y1) = part.points
-        angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        xs, ys = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(angles), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(angles)
-        return [tuple(zip(xs.tolist(), ys.tolist(), strict=True))]
-    pieces: list[scenery.Points] = []
-    for (x0, y0), (x1, y1) in zip(part.points, part.points[1:], strict=False):
-        length = max(np.hypot(x1 - x0, y1 - y0), 1e-9)
-        dx, dy = -(y1 - y0) / length * part.width / 2, (x1 - x0) / length * part.width / 2
-        pieces.append(((x0 + dx, y0 + dy), (x1 + dx, y1 + dy), (x1 - dx, y1 - dy), (x0 - dx, y0 - dy)))
-    return pieces

@@ -148,8 +148,8 @@ def cam_score(
     sweep = evaluate_cams(source, dataset, run.table(CAMs), machine=run.machine, scores=scores)
     best, miou = sweep.oracle
     iou = sweep.iou[sweep.scores.index(background_score)]
-    beside = {"background_score": background_score, "oracle": Oracle(best, rounded(miou))}
-    return Score.of("CAM", iou, dataset.classes, sweep.images, **beside)
+    oracle = Oracle(best, rounded(miou))
+    return Score.of("CAM", iou, dataset.classes, sweep.images, background_score=background_score, oracle=oracle)
 
 
 def _run(run: Context, settings: CAMs, folder: Path, journal: Journal) -> None:

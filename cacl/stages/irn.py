@@ -261,8 +261,8 @@ def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     cams = run.folder("cams") / "train"
     matrix, images = evaluate_refined(dataset, cams, settings, machine=run.machine)
     crf = settings.iterations > 0
-    beside = {"background_score": BACKGROUND_SCORE, "crf": crf}
-    return Score.of("CAM + CRF" if crf else "CAM", matrix.iou, dataset.classes, images, **beside)
+    what = "CAM + CRF" if crf else "CAM"
+    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=BACKGROUND_SCORE)
 
 
 STAGE = Stage(

@@ -137,8 +137,10 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     walked, score = run.folder("masks") / "walk", round(settings.background_score, 6)
     matrix, images = evaluate_refined(dataset, walked, settings, background_score=score, machine=run.machine)
     alone = replace(cam_score(run, walked, dataset, score), what="random walk alone")
-    beside = {"background_score": score, "crf": settings.iterations > 0, "walk": alone}
-    return Score.of("pseudo masks", matrix.iou, dataset.classes, images, **beside)
+    crf = settings.iterations > 0
+    return Score.of(
+        "pseudo masks", matrix.iou, dataset.classes, images, crf=crf, background_score=score, walk=alone
+    )  # fmt: skip
 
 
 STAGE = Stage(

@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
 from cacl._support.distributed import all_reduce_counts, barrier, shard
 from cacl._support.pool import naming_dead_loaders
@@ -21,27 +20,23 @@ from cacl.errors import InputError
 from cacl.images import Mask, Pixels, read_mask
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
-from cacl.photos import load_segmenter, segment_photos
-from cacl.settings import CRF, Machine, Mark, Sigma, Weight
+from cacl.photos import Photos, load_segmenter, segment_photos
+from cacl.settings import Machine, Mark
 from cacl.stages.stage import Context, Score, Stage
 
 
-class Predict(CRF):
+class Predict(Photos):
     """``[predict]``: masks by the segmenter."""
 
     split: Annotated[str, Mark.EVALUATION] = ""
     """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data."""
-    longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
-    """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
-    gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
-    bilateral: tuple[Sigma, Sigma, Weight] = (67.0, 3.0, 4.0)
 
 
 def make_predictions(
     net: DeepLabV2,
     dataset: Dataset,
     out: Path,
-    settings: Predict = Predict(),
+    settings: Photos = Photos(),
     *,
     machine: Machine = Machine(),
     keep: bool = False,
@@ -65,9 +60,7 @@ def make_predictions(
     photos = [dataset.entries[i].image for i in wanted]
     saving = _Saving([out / f"{dataset.entries[i].id}.png" for i in wanted])
     with barrier(), naming_dead_loaders():
-        for _, result in segment_photos(
-            net, photos, saving, longest=settings.longest, crf=settings, machine=machine
-        ):  # fmt: skip
+        for _, result in segment_photos(net, photos, saving, settings, machine=machine):
             if isinstance(result, InputError):
                 raise result
 
@@ -75,7 +68,7 @@ def make_predictions(
 def evaluate_segmenter(
     net: DeepLabV2,
     dataset: Dataset,
-    settings: Predict = Predict(),
+    settings: Photos = Photos(),
     *,
     machine: Machine = Machine(),
     crf: bool = True,
@@ -90,10 +83,7 @@ def evaluate_segmenter(
     matrix = ConfusionMatrix(len(dataset.classes))
     photos, counting = [dataset.entries[i].image for i in mine], _Counting(dataset, mine)
     with barrier(), naming_dead_loaders():
-        for _, counts in segment_photos(
-            net, photos, counting, longest=settings.longest, crf=settings if crf else None, machine=machine,
-            desc="evaluate",
-        ):  # fmt: skip
+        for _, counts in segment_photos(net, photos, counting, settings, crf=crf, machine=machine, desc="evaluate"):
             if isinstance(counts, InputError):
                 raise counts
             matrix.counts += counts

@@ -137,10 +137,22 @@ class Score:
     stage: str = ""
 
     @classmethod
-    def of(cls, what: str, iou: NDArray[np.float64], classes: Sequence[str], images: int, **beside: Any) -> Score:
+    def of(
+        cls,
+        what: str,
+        iou: NDArray[np.float64],
+        classes: Sequence[str],
+        images: int,
+        *,
+        crf: bool = False,
+        background_score: float | None = None,
+        oracle: Oracle | None = None,
+        walk: Score | None = None,
+    ) -> Score:
         """From the IoU of background and classes, NaN for what does not occur."""
         named = zip(("background", *classes), iou.tolist(), strict=True)
-        return cls(what, rounded(mean_iou(iou)), {k: round(v, 6) for k, v in named if v == v}, images, **beside)
+        known = {name: round(value, 6) for name, value in named if value == value}
+        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, oracle, walk)
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Score:
