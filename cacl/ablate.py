@@ -169,7 +169,7 @@ def _write(
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
         "",
-        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_trial']}, no "
+        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_score']}, no "
         f"CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation. The oracle is the best background "
         "score. The paper's figures are those of CAMs on the split train of PASCAL VOC.",
         "",

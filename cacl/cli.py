@@ -20,14 +20,21 @@ from cacl.errors import ElsewhereError, InputError, NotFiniteError, shown
 
 if TYPE_CHECKING:
     from cacl.config import Config
+    from cacl.stages.chain import Chain
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, *, chain: Chain | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        arguments: those of the process by default.
+        chain: the stages; CA-CL's by default. A script that gives its own has all commands for it.
+    """
     for stream in (sys.stdout, sys.stderr):  # names of files and classes may have letters that it lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    options.chain = chain
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cacl")
@@ -82,10 +89,17 @@ def _config(options: argparse.Namespace) -> Config:
     """What all processes read, and one complains about."""
     from cacl.config import Config
 
+    quiet = [] if options.progress else ["run.progress=false"]
     try:
-        return Config.load(options.config, options.set)
+        return Config.load(options.config, [*options.set, *quiet], chain=_chain(options))
     except InputError as error:
         raise error if is_first() else ElsewhereError(str(error)) from None
+
+
+def _chain(options: argparse.Namespace) -> Chain:
+    from cacl.stages.chain import CHAIN, check_chain
+
+    return CHAIN if options.chain is None else check_chain(options.chain)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -116,6 +130,7 @@ def _predict(options: argparse.Namespace) -> int:
         longest=options.longest,
         device=options.device,
         workers=options.workers,
+        progress=options.progress,
     )
     for problem in made.problems:
         print(f"cacl: {problem}", file=sys.stderr)
@@ -129,7 +144,11 @@ def _predict(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from cacl.report import report
 
-    print(f"report: {report(options.run, options.out, ablation=options.ablation, device=options.device)}")
+    path = report(
+        options.run, options.out, ablation=options.ablation, device=options.device, progress=options.progress,
+        chain=_chain(options),
+    )  # fmt: skip
+    print(f"report: {path}")
     return 0
 
 
@@ -145,7 +164,9 @@ def _export_voc(options: argparse.Namespace) -> int:
     from cacl.voc_archive import export_voc
 
     root, out = Path(options.root), Path(options.out)
-    path = export_voc(Path(options.masks), root, out, split=options.split, competition=options.competition)
+    path = export_voc(
+        Path(options.masks), root, out, split=options.split, competition=options.competition, progress=options.progress
+    )
     print(f"archive: {path}")
     return 0
 
@@ -170,12 +191,12 @@ def _check(options: argparse.Namespace) -> int:
 
     path = Path(options.path)
     if path.is_dir():
-        problems = datasets.check_folder(path, progress=True)
+        problems = datasets.check_folder(path, progress=options.progress)
     else:
-        config = Config.load(options.path, options.set)
+        config = Config.load(options.path, options.set, chain=_chain(options))
         data = config.data
         splits = list(dict.fromkeys(s for s in (data.train, data.eval, config.segmented_split) if s))
-        problems = datasets.check_folder(data.root, format=data.format, splits=splits, progress=True)
+        problems = datasets.check_folder(data.root, format=data.format, splits=splits, progress=options.progress)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems")
@@ -254,6 +275,10 @@ def _parser() -> argparse.ArgumentParser:
     voc.add_argument("--split", default="test", help="(default: test)")
     voc.add_argument("--competition", default="comp6", help="comp5 for VOC's own data only (default: comp6)")
     voc.set_defaults(command=_export_voc)
+    for command in (run, ablate, check, predict, report, voc):
+        command.add_argument(
+            "--no-progress", action="store_false", dest="progress", help="no progress bars, not on a terminal either"
+        )
     for command in (run, ablate, check):
         command.add_argument(
             "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"

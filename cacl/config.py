@@ -129,9 +129,10 @@ class Config(Table):
 @cache
 def config_class(chain: Chain) -> type[Config]:
     """The configuration with a table for every stage of a chain, and for the report."""
-    tables: dict[str, Any] = {stage.name: stage.settings for stage in chain} | {"report": Report}
-    if again := [name for name in tables if name in Config.model_fields]:
+    tables: dict[str, Any] = {stage.name: stage.settings for stage in chain}
+    if again := [name for name in tables if name in (*Config.model_fields, "report")]:
         raise InputError(f"Expected argument `chain` to hold stages of other names than [{again[0]}]'s.")
+    tables["report"] = Report
     fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in tables.items()}
     made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, **fields)
     made.chain = chain

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import cacl
+from cacl import log, photos, settings
+from cacl.stages.chain import CHAIN
 
 # A changed line here is a change that users notice: write it into CHANGELOG.md.
 API = """
@@ -40,6 +42,7 @@ CACLLoss(encoder: ImageTextEncoder, names: Sequence[str], *, prompts: PromptSet 
     'imagenet'] = 'encoder') -> None
 CACLLoss.encoder
 CACLLoss.forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CACLTerms
+CACLLoss.record(self) -> dict[str, Tensor]
 CACLTerms(total, itc, bgs, region, foreground_similarity, background_similarity, pass_rate)
 CAMNet(num_classes: int = 20, *, backbone: str | nn.Module = 'resnet50', weights: str | None = 'DEFAULT') -> None
 CAMNet.forward(self, images: Tensor) -> CAMOutput
@@ -82,17 +85,48 @@ split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 224) 
 # The stages: what a user calls without the pipeline.
 STAGES = """
 pipeline.run(config: Config | str | PathLike[str], *, encoder: ImageTextEncoder | None = None, backbone: nn.Module |
-    None = None, stages: Sequence[str] | None = None, resume: bool = True, callback: Callback | None = None) -> Result
+    None = None, criterion: Criterion | None = None, chain: Chain = {chain}, stages: Sequence[str] | None = None,
+    resume: bool = True, callback: Callback | None = None) -> Result
+pipeline.plan(config: Config | str | PathLike[str], stages: Sequence[str] | None = None, *, resume: bool = True,
+    encoder: ImageTextEncoder | None = None, backbone: nn.Module | None = None, criterion: Criterion | None = None,
+    chain: Chain = {chain}) -> list[str]
 datasets.VOC(root: str | PathLike[str], split: str) -> None
 datasets.COCO(root: str | PathLike[str], split: str) -> None
 datasets.CSVDataset(root: str | PathLike[str], split: str | None = None) -> None
 datasets.Sample(id, image, labels, mask)
-cams.make_cams(net: CAMNet, dataset: Dataset, out: Path, *, scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0), flip: bool
-    = True, device: torch.device | str = 'cpu', workers: int = 0, keep: bool = False, progress: bool = True) -> None
+datasets.Entry(id, image, labels, mask)
+settings.Machine(device: torch.device | str = 'cpu', workers: int = 0, precision: Precision = 'fp32', progress: bool =
+    True, crf: Backend = 'auto') -> None
+log.Journal(checkpoint: Path | None = None, key: str = '', log: Log | None = None, callback: Callback | None = None,
+    checkpoint_seconds: float = 60.0) -> None
+stages.warmup.train_classifier(net: CAMNet, dataset: Dataset, settings: Warmup = {Warmup}, *, seed: int = 0, machine:
+    Machine = {Machine}, journal: Journal = {Journal}) -> None
+stages.contrast.train_cacl(net: CAMNet, criterion: Criterion, dataset: Dataset, settings: CACL = {CACL}, *, seed: int =
+    0, machine: Machine = {Machine}, journal: Journal = {Journal}) -> None
+stages.cams.make_cams(net: CAMNet, dataset: Dataset, out: Path, settings: CAMs = {CAMs}, *, machine: Machine =
+    {Machine}, keep: bool = False) -> None
+stages.irn.make_labels(dataset: Dataset, cams: Path, out: Path, settings: IRN = {IRN}, *, machine: Machine = {Machine},
+    keep: bool = False) -> None
+stages.irn.train_irnet(net: IRNet, dataset: Dataset, labels: Path, settings: IRN = {IRN}, *, seed: int = 0, machine:
+    Machine = {Machine}, journal: Journal = {Journal}) -> None
+stages.masks.walk_cams(net: IRNet, dataset: Dataset, cams: Path, out: Path, settings: Walk = {Walk}, *, machine: Machine
+    = {Machine}, keep: bool = False) -> None
+stages.masks.make_masks(dataset: Dataset, cams: Path, out: Path, settings: Masks = {Masks}, *, machine: Machine =
+    {Machine}, keep: bool = False) -> None
+stages.segment.train_segmenter(net: DeepLabV2, dataset: Dataset, masks: Path, settings: Segment = {Segment}, *, seed:
+    int = 0, machine: Machine = {Machine}, journal: Journal = {Journal}) -> None
+stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, settings: Photos = {Photos}, *, machine:
+    Machine = {Machine}, keep: bool = False) -> None
+photos.segment_photos(net: DeepLabV2, photos: Sequence[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
+    = {Photos}, *, crf: bool = True, machine: Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R |
+    InputError]]
+predict.predict(model: str | os.PathLike[str], photos: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *,
+    overlays: bool = False, crf: bool = True, longest: int | None = None, device: str = 'auto', workers: int | None =
+    None, backend: Backend = 'auto', backbone: nn.Module | None = None, progress: bool = True) -> Predicted
 crf.dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.floating], *, iterations: int = 10, gaussian:
     tuple[float, float] = (3.0, 3.0), bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0), backend: Backend =
     'auto', device: torch.device | str = 'cpu') -> NDArray[np.float32]
-irn.mine_labels(image: NDArray[np.uint8], classes: NDArray[np.integer], maps: NDArray[np.floating], *,
+mining.mine_labels(image: NDArray[np.uint8], classes: NDArray[np.integer], maps: NDArray[np.floating], *,
     foreground_score: float = 0.3, background_score: float = 0.1, gaussian: tuple[float, float] = (3.0, 3.0), bilateral:
     tuple[float, float, float] = (50.0, 5.0, 10.0), iterations: int = 10, backend: Backend = 'auto', device:
     torch.device | str = 'cpu') -> NDArray[np.uint8]
@@ -103,12 +137,25 @@ irn.affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radiu
 random_walk.propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor
 metrics.ConfusionMatrix(num_classes: int) -> None
 metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
-    num_classes: int, *, scores: Sequence[float] = ({})) -> Sweep
+    num_classes: int, *, scores: Sequence[float] = ({scores})) -> Sweep
 training.train(step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], optimizer:
     torch.optim.Optimizer, dataset: Dataset, loop: Loop, *, name: str = 'train', checkpoint: Path | None = None, key:
     str = '', log: Log | None = None, callback: Callback | None = None) -> None
-config.Config.load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Config
-""".format(", ".join(str(i / 100) for i in range(61)))
+config.Config.load(source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain = {chain}) -> Config
+"""
+
+
+class Defaults(dict):
+    """What is too long to be written out: {Table} for a table at its defaults, and so on."""
+
+    def __missing__(self, name):
+        for module in (settings, log, photos, *(importlib.import_module(f"cacl.stages.{x}") for x in STAGE_FILES)):
+            if hasattr(module, name):
+                return repr(getattr(module, name)())
+        raise KeyError(name)
+
+
+STAGE_FILES = ("warmup", "contrast", "cams", "irn", "masks", "segment", "predict")
 
 
 def signature(function: object) -> str:
@@ -145,8 +192,13 @@ def test_public_names_and_signatures():
 
 
 def test_stage_names_and_signatures():
-    for line in re.sub(r"\n +", " ", STAGES).strip().splitlines():
-        module, _, path = line.partition("(")[0].partition(".")
+    known = Defaults(chain=repr(CHAIN), scores=", ".join(str(i / 100) for i in range(61)))
+    for written in re.sub(r"\n +", " ", STAGES).strip().splitlines():
+        line = written.format_map(known)
+        module, _, path = written.partition("(")[0].partition(".")
+        if module == "stages":
+            stage, _, path = path.partition(".")
+            module = f"stages.{stage}"
         thing = importlib.import_module(f"cacl.{module}")
         for part in path.split("."):
             thing = getattr(thing, part)
@@ -173,7 +225,7 @@ def test_import_is_light():
 
 MODULES = [
     "cacl",
-    *(f"cacl.{module.name}" for module in pkgutil.iter_modules(cacl.__path__) if module.name != "__main__"),
+    *(m.name for m in pkgutil.walk_packages(cacl.__path__, "cacl.") if m.name != "cacl.__main__"),
 ]
 
 

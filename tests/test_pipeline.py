@@ -1,12 +1,16 @@
 """The pipeline: every stage on drawn photos, skipped, resumed, killed, and refused."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, TinyEncoder
@@ -14,10 +18,16 @@ from drawn import write_csv
 from PIL import Image
 
 import cacl
-from cacl import pipeline
-from cacl._support.files import replacing
+from cacl import cli, pipeline
+from cacl._support import progress
+from cacl._support.files import locked, replacing
 from cacl.config import Config
+from cacl.datasets import FORMATS
+from cacl.images import VOC_COLOURS
 from cacl.log import Log
+from cacl.pictures import overlay
+from cacl.predict import predict
+from cacl.runs.session import Session
 
 SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",
@@ -533,3 +543,151 @@ def test_masks_that_say_nothing_have_no_mean(root, tmp_path, recwarn):
     assert metrics == run(root, tmp_path / "out").metrics
     assert "cams: CAM mIoU of no pixel (train, 6 images" in result.summary()
     assert not [str(w.message) for w in recwarn if "mean" in str(w.message).lower()]
+
+
+def everything(folder: Path) -> dict[str, tuple]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*")}
+
+
+TINY_SCENES = [
+    "scenes.train=4", "scenes.val=2", "scenes.size=32", "warmup.epochs=1", "warmup.crop=32", "run.device=cpu",
+    "run.workers=0",
+]  # fmt: skip
+
+
+def test_planning_writes_nothing_and_draws_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [part for setting in TINY_SCENES for part in ("--set", setting)]
+    assert cli.main(["run", "scenes", "--dry-run", *options]) == 0
+    assert "warmup: new" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    pipeline.run(Config.load("scenes", TINY_SCENES), stages=["warmup"])
+    before = everything(tmp_path)
+    assert cli.main(["run", "scenes", "--dry-run", *options]) == 0
+    assert "warmup: finished\ncacl: new\n" in capsys.readouterr().out
+    assert cli.main(["run", "scenes", "--dry-run", *options, "--set", "scenes.size=40"]) == 0
+    assert "warmup: to be done again\ncacl: new\n" in capsys.readouterr().out
+    with locked(tmp_path / "cacl-scenes"):  # somebody else is using it
+        held = everything(tmp_path)
+        assert pipeline.plan(Config.load("scenes", TINY_SCENES), ["warmup"]) == ["warmup: finished"]
+        assert everything(tmp_path) == held
+    assert {name: state for name, state in everything(tmp_path).items() if name in before} == {
+        **before, str(tmp_path / "cacl-scenes"): everything(tmp_path)[str(tmp_path / "cacl-scenes")],
+    }  # fmt: skip
+
+
+def test_planning_says_the_truth_of_what_is_given(root, tmp_path):
+    config = configure(root, tmp_path / "out")
+    given = {"encoder": TinyEncoder(), "backbone": TinyBackbone()}
+    assert pipeline.plan(config, ["cams"], **given) == ["cams: needs cacl"]
+    pipeline.run(config, **given, stages=["warmup", "cacl"])
+    assert pipeline.plan(config, ["warmup", "cacl", "cams"], **given) == [
+        "warmup: finished", "cacl: finished", "cams: new",
+    ]  # fmt: skip
+    other = TinyEncoder()
+    other.head.weight.data += 1
+    assert pipeline.plan(config, ["warmup", "cacl"], **{**given, "encoder": other}) == [
+        "warmup: finished", "cacl: to be done again",
+    ]  # fmt: skip
+    assert pipeline.plan(config, ["cams"], **{**given, "encoder": other}) == ["cams: needs cacl"]
+    assert pipeline.plan(config, ["warmup", "cacl"], resume=False, **given) == [
+        "warmup: to be done again", "cacl: to be done again",
+    ]  # fmt: skip
+    # What is done again takes the later ones along, though their own settings are the same.
+    pipeline.run(config, **given, stages=["cams"])
+    assert pipeline.plan(config, ["cacl"], resume=False, **given) == ["cacl: to be done again"]
+    before = everything(tmp_path / "out")
+    pipeline.plan(config, **given)
+    assert everything(tmp_path / "out") == before
+
+
+def test_what_is_not_needed_any_more_is_freed(root, tmp_path, monkeypatch):
+    made: list[weakref.ref] = []
+
+    def load(name):
+        encoder = TinyEncoder()
+        made.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr("cacl.runs.session.load_encoder", load)
+    alive = {}
+
+    def watch(record):
+        gc.collect()
+        alive.setdefault(record["stage"], [ref() is not None for ref in made])
+
+    run(root, tmp_path / "out", encoder=None, callback=watch)
+    assert alive == {"warmup": [True], "cacl": [True], "irn": [False], "segment": [False]}
+    alive.clear()
+    made.clear()
+    run(root, tmp_path / "out", "irn.radius=3", encoder=None, callback=watch)  # CA-CL has finished: nothing is loaded
+    assert alive == {"irn": [], "segment": []}
+
+
+def test_a_given_encoder_goes_back_to_where_it_came_from(root, tmp_path):
+    places = []
+
+    class Moving(TinyEncoder):
+        def to(self, *args, **kwargs):
+            places.append(args[0])
+            return super().to(*args, **kwargs)
+
+    run(root, tmp_path / "out", encoder=Moving(), stages=["warmup", "cacl", "cams"])
+    assert places == [torch.device("cpu"), torch.device("cpu")]
+
+
+def test_nothing_shows_progress_where_it_is_not_wanted(root, tmp_path, monkeypatch):
+    shown = []
+
+    def spy(*args, disable, **kwargs):
+        shown.append(disable)
+        return real(*args, disable=True, **kwargs)
+
+    real = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", spy)
+    run(root, tmp_path / "out", "run.progress=false")
+    assert shown
+    assert set(shown) == {True}
+    shown.clear()
+    run(root, tmp_path / "out2")
+    assert set(shown) == {None}  # where there is a terminal
+    shown.clear()
+    assert cli.main(["check", str(root), "--no-progress"]) == 0
+    assert set(shown) == {True}
+
+
+def test_a_run_and_predict_count_the_same_cores(root, tmp_path, monkeypatch):
+    run(root, tmp_path / "out", "segment.backbone=scenes", "segment.weights=")
+    machines = []
+
+    def spy(net, photos, finish, settings, *, crf, machine):
+        machines.append(machine.workers)
+        return iter(())
+
+    monkeypatch.setattr("cacl.predict.segment_photos", spy)
+    for module in ("cacl.predict", "cacl.runs.session"):
+        monkeypatch.setattr(f"{module}.usable_cores", lambda: 3)
+    predict(tmp_path / "out", [root / "images/0.png"], tmp_path / "masks")
+    predict(tmp_path / "out", [root / "images/0.png"], tmp_path / "masks", workers=9)
+    session = Session(configure(root, tmp_path / "out", "run.workers=9"))
+    assert [*machines, session.machine.workers] == [3, 3, 3]
+
+
+def test_another_format_of_data_is_one_line(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "mine", replace(FORMATS["csv"], is_here=lambda folder: False))
+    assert run(root, tmp_path / "out", "data.format=mine", stages=["warmup"]).metrics
+    with pytest.raises(ValueError, match=r"\[data\] format: input should be 'voc', .*or 'mine', but got 'mien'"):
+        configure(root, tmp_path / "out", "data.format=mien")
+
+
+def test_colours_for_people_are_not_those_in_files(root, tmp_path, monkeypatch):
+    colours = np.roll(VOC_COLOURS, 7, 0)
+    plain = run(root, tmp_path / "plain")
+    monkeypatch.setattr("cacl.pictures.COLOURS", colours)
+    other = run(root, tmp_path / "other")
+    one, two = files(plain.out), files(other.out)
+    changed = {name for name in one if one[name] != two[name]}
+    assert changed == {"report/cams.png", "report/masks.png", "report/segmentation.png"}
+    mask = np.ones((4, 4), np.uint8)
+    assert (overlay(np.zeros((4, 4, 3), np.uint8), mask) == (0.65 * colours[1]).astype(np.uint8)).all()
+    assert f"#{colours[1].tobytes().hex()}" in (other.out / "report/index.html").read_text()

@@ -206,7 +206,8 @@ def test_ca_cl_beats_the_warm_up(tmp_path):
 
 def test_own_words_beside_a_csv_are_used(world, tmp_path):
     from cacl.runs.session import Session
+    from cacl.stages.contrast import CACL, backgrounds
 
     settings = [f"data.root={world}", "data.format=csv", f"run.out={tmp_path}"]
     session = Session(Config.load("scenes", settings))
-    assert session.backgrounds["boat"] == scenes.BACKGROUNDS["boat"][:5]
+    assert backgrounds(session, session.table(CACL))["boat"] == scenes.BACKGROUNDS["boat"][:5]

@@ -42,6 +42,7 @@ def report(
     encoder: ImageTextEncoder | None = None,
     backbone: nn.Module | None = None,
     device: str | None = None,
+    progress: bool = True,
     chain: Chain = CHAIN,
 ) -> Path:
     """Write the report of a run folder, as far as the run has come.
@@ -54,6 +55,7 @@ def report(
         encoder: what was given to :func:`cacl.pipeline.run`.
         backbone: what was given to :func:`cacl.pipeline.run`.
         device: a torch device; by default the run's own.
+        progress: show progress bars where there is a terminal.
         chain: that of the run.
 
     Returns:
@@ -70,6 +72,8 @@ def report(
         config = config.changed({"report": {"images": images}})
     if device is not None:
         config = config.changed({"run": {"device": device}})
+    if not progress:
+        config = config.changed({"run": {"progress": False}})
     session = Session(config, encoder, backbone)
     target = Path(out) if out is not None else session.out / "report"
     if target.suffix == ".html":
