@@ -70,28 +70,27 @@ class Config(Table):
         Raises:
             ValueError: one line that names file, table and key.
         """
-        name, where, kind = str(source), shown(source), config_class(chain)
+        name, kind = str(source), config_class(chain)
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
-        tables = _merge(tables, _absolute(_overrides(overrides), Path.cwd(), kind))
-        try:
-            config = kind.model_validate(tables)
-        except ValidationError as error:
-            raise InputError("\n".join(f"{where}: {_line(kind, e)}" for e in error.errors())) from None
+        config = _validated(kind, _merge(tables, _absolute(_overrides(overrides), Path.cwd(), kind)), name)
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
         if own and Path(name).read_text(encoding="utf-8") != config.to_toml(config.run.out):
-            raise InputError(f"{where}: [run] out: expected another folder: this file would be overwritten")
+            raise InputError(f"{shown(source)}: [run] out: expected another folder: this file would be overwritten")
         return config
 
     @classmethod
     def of_run(cls, run: Path, *, chain: Chain = CHAIN) -> Config:
         """The configuration of a run folder, also of one that was moved or that an older version wrote.
 
+        Tables of stages that are not in ``chain`` are left out.
+
         Raises:
             ValueError: if there is none.
         """
-        # With another folder to write to, since a run's own configuration is taken for a mistake where it would change.
-        config = cls.load(run / "config.toml", ["run.out=elsewhere"], chain=chain)
-        return config.changed({"run": {"out": run.absolute()}})
+        # Tables of stages that are in no chain of this call say nothing about the others.
+        kind, path = config_class(chain), run / "config.toml"
+        tables = {name: table for name, table in _file(path, kind).items() if name in kind.model_fields}
+        return _validated(kind, tables, str(path)).changed({"run": {"out": run.absolute()}})
 
     @property
     def segmented_split(self) -> str:
@@ -124,6 +123,13 @@ class Config(Table):
             known = ((key, value) for key, value in table.items() if value is not None)
             lines += [f"[{name}]", *(f"{'# ' * (k in chosen)}{k} = {_value(v)}" for k, v in known), ""]
         return "\n".join(lines)
+
+
+def _validated(kind: type[Config], tables: Mapping[str, Any], source: str) -> Config:
+    try:
+        return kind.model_validate(tables)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{shown(source)}: {_line(kind, e)}" for e in error.errors())) from None
 
 
 @cache

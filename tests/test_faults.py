@@ -23,8 +23,9 @@ from conftest import TinyBackbone, TinyEncoder
 from drawn import write_csv
 from test_pipeline import SETTINGS, files
 
-from cacl import cams, cli, pipeline
+from cacl import cli, pipeline
 from cacl._support.files import locked
+from cacl.stages import cams
 from cacl.training import Interrupts
 
 resource = pytest.importorskip("resource")  # not on Windows

@@ -131,13 +131,13 @@ def open_ablation(session: Session, folder: Path) -> Ablation | None:
         try:
             config = Config.of_run(seed / "start")
             names = folders(config)
-            variants = {table: variants(config, table) for table in ("4", "5")}
+            tables = {table: variants(config, table) for table in ("4", "5")}
         except InputError as error:
             logger.info("report: without %s: %s", seed, error)
             continue
         known = {"background", *session.train.classes}
-        found: dict[str, dict[str, Session]] = {table: {} for table in variants}
-        for table, rows in variants.items():
+        found: dict[str, dict[str, Session]] = {table: {} for table in tables}
+        for table, rows in tables.items():
             for variant in rows:
                 out = seed / names[repr(variant.changes)]
                 changed = config.changed(variant.changes).changed({"run": {"out": out}})

@@ -61,8 +61,8 @@ class Session:
     """Stage -> the hash of everything that its result follows from, as far as anybody has asked."""
     _opened: dict[str, Dataset] = field(default_factory=dict, init=False)
     _identities: dict[str, str] = field(default_factory=dict, init=False)
-    _shared: dict[str, Any] = field(default_factory=dict, init=False)
-    _came_on: torch.device | None = field(default=None, init=False)
+    _shared: dict[str, tuple[Any, torch.device | None]] = field(default_factory=dict, init=False)
+    """Name -> what is shared, and the device that it came on if it was given."""
 
     def __post_init__(self) -> None:
         self.chain = self.chain or self.config.chain
@@ -190,29 +190,29 @@ class Session:
     @property
     def encoder(self) -> ImageTextEncoder:
         def make() -> ImageTextEncoder:
-            encoder = self.given_encoder
-            if encoder is None:
-                encoder = local_rank_zero_first(lambda: load_encoder(self.table(Encoder).name))
-            if isinstance(encoder, nn.Module):
-                parameter = next(encoder.parameters(), None)
-                self._came_on = None if parameter is None else parameter.device
-                encoder.to(self.machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return encoder
+            if self.given_encoder is not None:
+                return self.given_encoder
+            return local_rank_zero_first(lambda: load_encoder(self.table(Encoder).name))
 
         return self.shared("encoder", make)
 
     def shared(self, name: str, make: Callable[[], Made]) -> Made:
         if name not in self._shared:
-            self._shared[name] = make()
-        return cast(Made, self._shared[name])
+            made: object = make()
+            came_on = None
+            if isinstance(made, nn.Module):
+                if any(made is given for given in (self.given_encoder, self.given_criterion)):
+                    came_on = next((tensor.device for tensor in (*made.parameters(), *made.buffers())), None)
+                self._placed(made)
+            self._shared[name] = made, came_on
+        return cast(Made, self._shared[name][0])
 
     def release(self, used: set[str]) -> None:
-        """Let go of what is shared and not used any more; a given encoder goes back to where it came from."""
-        given: object = self.given_encoder
+        """Let go of what is shared and not used any more; what was given goes back to where it came from."""
         for name in self._shared.keys() - used:
-            del self._shared[name]
-            if name == "encoder" and isinstance(given, nn.Module) and self._came_on is not None:
-                given.to(self._came_on)
+            made, came_on = self._shared.pop(name)
+            if came_on is not None:
+                made.to(came_on)
 
     def own_backbone(self) -> nn.Module | None:
         return None if self.given_backbone is None else copied("backbone", self.given_backbone)

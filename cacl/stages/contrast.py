@@ -140,8 +140,7 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
 
     def make() -> Criterion:
         if run.given_criterion is not None:
-            given = run.given_criterion
-            return given.to(run.machine.device) if isinstance(given, nn.Module) else given
+            return run.given_criterion
         suppression = BGSuppressionLoss(
             settings.threshold,
             mode=settings.threshold_mode,
@@ -149,7 +148,7 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
             quantile=settings.threshold_quantile,
             momentum=settings.threshold_momentum,
         )
-        criterion = CACLLoss(
+        return CACLLoss(
             run.encoder,
             run.train.classes,
             prompts=PromptSet(run.table(Prompts).templates),
@@ -161,7 +160,6 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
             suppression=suppression,
             template=settings.template,
         )
-        return criterion.to(run.machine.device)
 
     return run.shared("criterion", make)
 

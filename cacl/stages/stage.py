@@ -107,7 +107,8 @@ class Context(Protocol):
         """The network, compiled where ``[run] compile`` says so."""
 
     def shared(self, name: str, make: Callable[[], Made]) -> Made:
-        """What several uses share: made once, kept until the last stage that names it in ``uses`` has ended."""
+        """What several uses share: made once and put on the device, kept until the last stage that names it in ``uses``
+        has ended."""
 
 
 class Oracle(NamedTuple):
