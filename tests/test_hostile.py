@@ -380,7 +380,7 @@ BAD = [
     Case("model.pt of the stage segment without weights",
          all_of(change("run/predict/stage.json", finished=False),
                 put("run/segment/model.pt", lambda: bad.saved({"a": 1}))), RUN,
-         "run/segment/model.pt: does not fit: 0 of"),
+         "run/segment/model.pt: expected the model of a stage `segment`"),
     Case("stage.json that is no JSON", put("run/cacl/stage.json", "finished"), RUN,
          "run/cacl/stage.json: expected a JSON object"),
     Case("stage.json that is a list", put("run/cacl/stage.json", "[1]"), RUN,
