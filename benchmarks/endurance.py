@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from cacl._support.files import read_json
 from cacl._support.weights import load_state
 from cacl.pipeline import STAGES
+from cacl.runs.folder import RunFolder
 
 CONFIG = """
 base = "scenes"
@@ -175,8 +176,8 @@ class Run:
 
     def state(self, stage: str) -> bool | None:
         """Whether a stage is finished; None if it has not begun."""
-        state = read_json(self.folder / stage / "stage.json").get("finished")
-        return None if state is None else bool(state)
+        state = RunFolder(self.folder).state(stage)
+        return state.finished if state else None
 
     def at(self, stage: str) -> bool:
         return self.state(stage) is False

@@ -16,8 +16,9 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from cacl.datasets import FORMATS
 from cacl.errors import InputError, did_you_mean, quoted, shown
 from cacl.settings import Backgrounds, CAMNetwork, Data, Encoder, Mark, Prompts, Report, Run, Scenes, Table
-from cacl.stages.chain import CHAIN, Chain
+from cacl.stages.chain import CHAIN, Chain, check_chain
 from cacl.stages.predict import Predict
+from cacl.stages.stage import Stage
 
 PRESETS = ("voc", "coco", "scenes")
 _ASSETS = Path(__file__).with_name("assets")
@@ -46,14 +47,21 @@ class Config(Table):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Config:
         """One with the tables of CA-CL's stages, where it is asked for without others."""
-        return super().__new__(cls if cls.chain else config_class(CHAIN))
+        return super().__new__(config_class(CHAIN) if cls is Config else cls)
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Config:  # type: ignore[override]
+        return config_class(CHAIN).model_validate(obj) if cls is Config else super().model_validate(obj)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = _merge(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})
+        return _again, (None if self.chain is CHAIN else self.chain, given)
 
     def table(self, kind: type[T]) -> T:
         """The settings of a kind: those of the table that has them, or the defaults where no stage does."""
-        for name in type(self).model_fields:
-            if isinstance(table := getattr(self, name), kind):
-                return table
-        return kind()
+        tables = [getattr(self, name) for name in type(self).model_fields]
+        same = [table for table in tables if type(table) is kind]
+        return next(iter([*same, *(table for table in tables if isinstance(table, kind))]), None) or kind()
 
     @classmethod
     def load(cls, source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain = CHAIN) -> Config:
@@ -74,7 +82,7 @@ class Config(Table):
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
         config = _validated(kind, _merge(tables, _absolute(_overrides(overrides), Path.cwd(), kind)), name)
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
-        if own and Path(name).read_text(encoding="utf-8") != config.to_toml(config.run.out):
+        if own and not _is_of_run(Path(name), config):
             raise InputError(f"{shown(source)}: [run] out: expected another folder: this file would be overwritten")
         return config
 
@@ -91,6 +99,20 @@ class Config(Table):
         kind, path = config_class(chain), run / "config.toml"
         tables = {name: table for name, table in _file(path, kind).items() if name in kind.model_fields}
         return _validated(kind, tables, str(path)).changed({"run": {"out": run.absolute()}})
+
+    @classmethod
+    def table_of_run(cls, run: Path, name: str, kind: type[T]) -> T:
+        """One table of a run folder's configuration, whatever its chain was.
+
+        Raises:
+            ValueError: if there is none, or it is wrong.
+        """
+        path = run / "config.toml"
+        try:
+            return kind.model_validate(_toml(path).get(name, {}))
+        except ValidationError as error:
+            lines = [_line(config_class(CHAIN), {**e, "loc": (name, *e["loc"])}) for e in error.errors()]
+            raise InputError("\n".join(f"{shown(path)}: {line}" for line in lines)) from None
 
     @property
     def segmented_split(self) -> str:
@@ -125,6 +147,17 @@ class Config(Table):
         return "\n".join(lines)
 
 
+def _again(chain: Chain | None, given: dict[str, Any]) -> Config:
+    return config_class(CHAIN if chain is None else chain).model_validate(given)
+
+
+def _is_of_run(path: Path, config: Config) -> bool:
+    """Whether a file is what a run wrote for these settings; how much of it is shown changes nothing."""
+    tables = _file(path, type(config))
+    whole = set(_toml(path)) == set(type(config).model_fields)  # else a user wrote it
+    return whole and _validated(type(config), tables, str(path)) == config.changed({"run": {"progress": True}})
+
+
 def _validated(kind: type[Config], tables: Mapping[str, Any], source: str) -> Config:
     try:
         return kind.model_validate(tables)
@@ -132,11 +165,15 @@ def _validated(kind: type[Config], tables: Mapping[str, Any], source: str) -> Co
         raise InputError("\n".join(f"{shown(source)}: {_line(kind, e)}" for e in error.errors())) from None
 
 
-@cache
-def config_class(chain: Chain) -> type[Config]:
+def config_class(chain: Sequence[Stage[Any]]) -> type[Config]:
     """The configuration with a table for every stage of a chain, and for the report."""
+    return _config_class(check_chain(chain))
+
+
+@cache
+def _config_class(chain: Chain) -> type[Config]:
     tables: dict[str, Any] = {stage.name: stage.settings for stage in chain}
-    if again := [name for name in tables if name in (*Config.model_fields, "report")]:
+    if again := [name for name in tables if hasattr(Config, name) or name in (*Config.model_fields, "report", "base")]:
         raise InputError(f"Expected argument `chain` to hold stages of other names than [{again[0]}]'s.")
     tables["report"] = Report
     fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in tables.items()}

@@ -49,9 +49,9 @@ class Log:
         """Forget what ``stage`` wrote after ``step``."""
         self._keep(lambda record: record.get("stage") != stage or record.get("step", 0) <= step)
 
-    def forget(self, stages: Collection[str]) -> None:
-        """Forget all that some stages wrote."""
-        self._keep(lambda record: record.get("stage") not in stages)
+    def keep(self, stages: Collection[str]) -> None:
+        """Forget all but what some stages wrote."""
+        self._keep(lambda record: record.get("stage") in stages)
 
     def _keep(self, wanted: Callable[[Record], bool]) -> None:
         kept = filter(wanted, self.records())
@@ -73,6 +73,7 @@ class Journal:
         log: where records go.
         callback: gets every record.
         checkpoint_seconds: time between checkpoints.
+        name: what records are filed under; the training's own name if empty.
     """
 
     checkpoint: Path | None = None
@@ -80,6 +81,7 @@ class Journal:
     log: Log | None = None
     callback: Callback | None = None
     checkpoint_seconds: float = 60.0
+    name: str = ""
 
 
 def _not_through_a_link(path: str, flags: int) -> int:
@@ -121,14 +123,12 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
     add()
 
 
-def forget_costs(path: Path, stages: Collection[str]) -> None:
-    """Take some stages out of ``times.json``."""
+def keep_costs(path: Path, stages: Collection[str]) -> None:
+    """Take all but some stages out of ``times.json``."""
     known = read_json(path)
-    if kept := {stage: cost for stage, cost in known.items() if stage not in stages}:
-        if kept != known:
-            write_json(path, kept)
-    else:
-        path.unlink(missing_ok=True)
+    kept = {stage: cost for stage, cost in known.items() if stage in stages}
+    if kept != known:
+        write_json(path, kept)
 
 
 def _peak_mb() -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -81,12 +81,16 @@ def run(
     wanted = _wanted(session.chain, stages)
     device = local_device(config.run.device, "[run] device")
     with process_group(device, config.run.timeout_seconds), locked(config.run.out):
-        _prepare(session, wanted)
-        for number, stage in enumerate(session.chain):
-            if stage in wanted:
-                _do(session, stage, session.chain[number + 1 :], resume=resume, callback=callback)
-            session.release({name for later in wanted if later in session.chain[number + 1 :] for name in later.uses})
-        return Result(config.run.out, rank_zero(lambda: session.files.metrics))
+        try:
+            _prepare(session, wanted, resume=resume)
+            for number, stage in enumerate(session.chain):
+                if stage in wanted:
+                    _do(session, number, resume=resume, callback=callback)
+        finally:
+            session.release(set())
+        names = {stage.name for stage in session.chain}
+        known = rank_zero(lambda: session.files.metrics)
+        return Result(config.run.out, {name: record for name, record in known.items() if name in names})
 
 
 def plan(
@@ -114,6 +118,13 @@ def plan(
     session = Session(config, encoder, backbone, criterion, chain=_whole(config), planning=True)
     wanted = _wanted(session.chain, stages)
     lines = []
+    for stage, word, missing in _walk(session, wanted, resume=resume):
+        lines.append(f"{stage.name}: {f'needs {missing}' if missing else word}")
+    return lines
+
+
+def _walk(session: Session, wanted: Chain, *, resume: bool) -> Iterator[tuple[Stage[Any], str, str]]:
+    """Each wanted stage, what becomes of it, and the stage that it lacks: one that is not finished, or will not be."""
     ready: set[str] = set()
     again = False  # from the first stage on that is done anew, nothing of those after it stays
     for stage in session.chain:
@@ -122,22 +133,20 @@ def plan(
         if stage not in wanted:
             ready |= {stage.name} if known and state.finished else set()
             continue
-        if missing := [need for need in _needs(session, stage) if need not in ready]:
-            lines.append(f"{stage.name}: needs {missing[-1]}")
-            continue
+        missing = [need.name for need in session.needs(stage) if need.name not in ready]
         word = "to be done again" if state else "new"
         if known and resume:
             word = "finished" if state.finished else "to be continued"
-        again = again or not (known and resume)
-        ready.add(stage.name)
-        lines.append(f"{stage.name}: {word}")
-    return lines
+        yield stage, word, missing[-1] if missing else ""
+        if not missing:
+            again = again or not (known and resume)
+            ready.add(stage.name)
 
 
 def _configuration(config: Config | str | PathLike[str], chain: Chain) -> Config:
     if not isinstance(config, Config):
         return Config.load(config, chain=check_chain(chain))
-    if chain is not CHAIN and config.chain != chain:
+    if chain is not CHAIN and config.chain != tuple(chain):
         raise InputError("Expected argument `config` to be of the same `chain`: Config.load(…, chain=chain).")
     check_chain(config.chain)
     return config
@@ -170,42 +179,33 @@ def _whole(config: Config) -> Chain:
     return (*config.chain, Stage("report", Report, run=write, needs=names, depends=depends, check=check_crf))
 
 
-def _needs(session: Session, stage: Stage[Any]) -> list[str]:
-    """The names of the stages whose results a stage reads."""
-    return [session.stage(need).name for need in stage.needs]
-
-
 def _planned_key(session: Session, stage: Stage[Any]) -> str | None:
     """None where the data are not there yet."""
     try:
-        return session.key(stage.name)
+        return session.key_of(stage)
     except NotDrawnError:
         return None
 
 
-def _prepare(session: Session, wanted: Chain) -> None:
+def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     """Check settings and data before the first step, and write down the configuration."""
     with barrier():
         _ = session.datasets
     _ = session.fingerprints
     # Of rank 0: a file may have another time on another machine.
     last = max((session.chain.index(stage) for stage in wanted), default=-1)
-    named = [stage.name for stage in session.chain[: last + 1]]
-    session.keys.update(rank_zero(lambda: {name: session.key(name) for name in named}))
+    until = session.chain[: last + 1]
+    session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
     with barrier():
-        _check_settings(session, wanted)
+        _check_settings(session, wanted, resume=resume)
     rank_zero(lambda: _check_data(session))
 
 
-def _check_settings(session: Session, wanted: Chain) -> None:
+def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
     """What is wrong with a setting shows now: not after the warm-up, and not when files have been replaced."""
-    names = {stage.name for stage in wanted}
-    for stage in wanted:
-        for need in reversed(_needs(session, stage)):
-            if need not in names and not session.finished(need):
-                raise InputError(
-                    f"{session.out}: the stage {need!r} has not finished with these settings; run it first"
-                )
+    for _, _, missing in _walk(session, wanted, resume=resume):
+        if missing:
+            raise InputError(f"{session.out}: the stage {missing!r} has not finished with these settings; run it first")
     for stage in session.config.chain:
         settings = session.settings(stage)
         if isinstance(settings, Training):
@@ -214,8 +214,9 @@ def _check_settings(session: Session, wanted: Chain) -> None:
                 least = f"at least 1 image for each of the {world_size()} processes"
                 raise InputError(f"[{stage.name}] batch_size: expected {least}, but got {settings.batch_size}")
     for stage in wanted:
-        if not session.finished(stage.name):
-            stage.check(session, session.settings(stage))
+        if not resume or not session.is_finished(stage):
+            with session.at(stage):
+                stage.check(session, session.settings(stage))
 
 
 def _check_data(session: Session) -> None:
@@ -234,24 +235,26 @@ def _check_data(session: Session) -> None:
     write_json(path, session.fingerprints)
 
 
-def _do(session: Session, stage: Stage[Any], later: Chain, *, resume: bool, callback: Callback | None) -> None:
+def _do(session: Session, number: int, *, resume: bool, callback: Callback | None) -> None:
     """One stage, unless it is finished, and its evaluation, unless that is known."""
-    name, files, key = stage.name, session.files, session.key(stage.name)
-    state = rank_zero(lambda: _begin(session, stage, later, resume=resume))
+    stage, files = session.chain[number], session.files
+    name, key = stage.name, session.key_of(stage)
+    state = rank_zero(lambda: _begin(session, number, resume=resume))
     if not state.finished:
-        journal = Journal(
-            files.checkpoint(name), key, files.log, callback, session.config.run.checkpoint_seconds
-        )  # fmt: skip
-        with measured(files.costs, name, again=not state) as cost:
-            stage.run(session, session.settings(stage), session.folder(name), journal)
+        session.release(set(stage.uses))  # what was made to check settings, and what those before it had
+        seconds = session.config.run.checkpoint_seconds
+        journal = Journal(files.checkpoint(name), key, files.log, callback, seconds, name)
+        with session.at(stage), measured(files.costs, name, again=not state) as cost:
+            stage.run(session, session.settings(stage), session.out / name, journal)
         rank_zero(lambda: files.end(name, key))
         logger.info("%s: finished in %.0f s", name, cost["seconds"])
     _evaluate(session, stage)
 
 
-def _begin(session: Session, stage: Stage[Any], later: Chain, *, resume: bool) -> State:
+def _begin(session: Session, number: int, *, resume: bool) -> State:
     """What is known of a stage with these settings, in the way of which nothing lies; empty if it begins anew."""
-    name, files, key = stage.name, session.files, session.key(stage.name)
+    stage, files = session.chain[number], session.files
+    name, key = stage.name, session.key_of(stage)
     state = files.state(name)
     if resume and state.key == key:
         if state.finished:
@@ -261,7 +264,7 @@ def _begin(session: Session, stage: Stage[Any], later: Chain, *, resume: bool) -
     if state:
         reason = "its settings or data changed" if resume else "that was asked for"
         logger.info("%s: done again, since %s", name, reason)
-    files.begin(stage, later, key)
+    files.begin(stage, [each.name for each in session.chain[:number]], key)
     return State()
 
 
@@ -272,10 +275,12 @@ def _evaluate(session: Session, stage: Stage[Any]) -> None:
         return
     name, settings, split = stage.name, session.settings(stage), session.splits[stage.scored_on or ""]
     fingerprint = session.fingerprints[stage.scored_on or ""]
-    key = stage.score_key(session, settings, session.key(name), split, fingerprint)
+    with session.at(stage):
+        key = stage.score_key(session, settings, session.key_of(stage), split, fingerprint)
     if rank_zero(lambda: session.files.metrics.get(name, {}).get("key") == key):
         return
-    score = replace(stage.score(session, settings, dataset), split=split)
+    with session.at(stage):
+        score = replace(stage.score(session, settings, dataset), split=split)
     order = [each.name for each in session.chain]
     rank_zero(lambda: session.files.keep_score(name, score, key, order))
     logger.info("%s: %s", name, score)

@@ -128,7 +128,7 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
         raise InputError(
             f"{path}: expected a run folder whose stage `segment` has finished, as {stage}/stage.json says"
         )
-    return load_segmenter(stage / "model.pt", backbone=backbone), Config.of_run(path).table(Predict)
+    return load_segmenter(stage / "model.pt", backbone=backbone), Config.table_of_run(path, "predict", Predict)
 
 
 def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str]]:

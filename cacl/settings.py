@@ -28,7 +28,7 @@ from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 class Mark(enum.Enum):
     """What is special about a setting, beside its type: ``Annotated[float, Mark.EVALUATION]``."""
 
-    EVALUATION = "only an evaluation reads it: another value changes a score, and no file of the stage"
+    EVALUATION = "only an evaluation reads it, or `depends` has what follows from it: no part of the stage's key"
     FILE = "the path of a file, or else a name"
 
 

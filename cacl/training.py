@@ -32,6 +32,9 @@ from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
 
+RESERVED = ("stage", "step", "epoch", "lr", "images_per_second", "loss")
+"""What every record of the log has; a step's own values have other names, but for ``"loss"``."""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -279,6 +282,6 @@ def fit(
     )
     loop = Loop.of(settings, seed=seed, machine=machine, masks=masks, checkpoint_seconds=journal.checkpoint_seconds)
     train(
-        step, modules, optimizer, dataset, loop, name=name,
+        step, modules, optimizer, dataset, loop, name=journal.name or name,
         checkpoint=journal.checkpoint, key=journal.key, log=journal.log, callback=journal.callback,
     )  # fmt: skip

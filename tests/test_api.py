@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cacl
-from cacl import log, photos, settings
+from cacl import log, photos, settings, stages
 from cacl.stages.chain import CHAIN
 
 # A changed line here is a change that users notice: write it into CHANGELOG.md.
@@ -98,7 +98,7 @@ datasets.Entry(id, image, labels, mask)
 settings.Machine(device: torch.device | str = 'cpu', workers: int = 0, precision: Precision = 'fp32', progress: bool =
     True, crf: Backend = 'auto') -> None
 log.Journal(checkpoint: Path | None = None, key: str = '', log: Log | None = None, callback: Callback | None = None,
-    checkpoint_seconds: float = 60.0) -> None
+    checkpoint_seconds: float = 60.0, name: str = '') -> None
 stages.warmup.train_classifier(net: CAMNet, dataset: Dataset, settings: Warmup = {Warmup}, *, seed: int = 0, machine:
     Machine = {Machine}, journal: Journal = {Journal}) -> None
 stages.contrast.train_cacl(net: CAMNet, criterion: Criterion, dataset: Dataset, settings: CACL = {CACL}, *, seed: int =
@@ -155,7 +155,7 @@ class Defaults(dict):
         raise KeyError(name)
 
 
-STAGE_FILES = ("warmup", "contrast", "cams", "irn", "masks", "segment", "predict")
+STAGE_FILES = [module.name for module in pkgutil.iter_modules(stages.__path__)]
 
 
 def signature(function: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,11 +25,12 @@ from cacl.config import Config
 from cacl.loading import Batch
 from cacl.metrics import ConfusionMatrix
 from cacl.report import report
-from cacl.settings import Share, Training, Weight
+from cacl.settings import Share, Table, Training, Weight
 from cacl.stages import cams, contrast, predict, segment, warmup
 from cacl.stages.chain import CHAIN
 from cacl.stages.irn import IRN
-from cacl.stages.stage import Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Stage
 from cacl.training import fit
 
 # --- a stage in place of `irn` and `masks`: a threshold that is learnt, and pseudo masks by it ---
@@ -184,6 +186,36 @@ def test_a_killed_stage_from_outside_goes_on(root, tmp_path):
     assert steps[0][0] == "simple"
     assert steps[0][1] > 20
     assert files(out) == whole
+
+
+def test_a_stage_between_two_others_stands_for_the_first(root, tmp_path, monkeypatch):
+    """One word in the chain: whoever needs the masks after it has its, and it has theirs."""
+
+    class Between(Table):
+        value: Share = 0.5
+
+    def copy(run, settings, folder, journal):
+        assert run.folder("masks").name == "masks"
+        shutil.copytree(run.folder("masks") / "train", run.folder("between") / "train")
+
+    place = [stage.name for stage in CHAIN].index("segment")
+    between = Stage("between", Between, run=copy, needs=("masks",), files=("train",), stands_for=("masks",))
+    chain = (*CHAIN[:place], between, *CHAIN[place:])
+    seen = []
+    train = segment.train_segmenter
+    monkeypatch.setattr(segment, "train_segmenter", lambda net, data, masks, *a, **k: seen.append(masks) or train(
+        net, data, masks, *a, **k))  # fmt: skip
+    given = {"encoder": TinyEncoder(), "backbone": TinyBackbone(), "chain": chain}
+
+    def config(*more):
+        return Config.load("voc", [*SETTINGS, f"data.root={root}", f"run.out={tmp_path / 'out'}", *more], chain=chain)
+
+    result = pipeline.run(config(), **given)
+    assert seen == [tmp_path / "out/between/train"]
+    assert result.metrics["masks"]["what"] == "pseudo masks"
+    words = dict(line.split(": ") for line in pipeline.plan(config("between.value=0.1"), **given))
+    again = {name for name, word in words.items() if word == "to be done again"}
+    assert again == {"between", "segment", "predict", "report"}
 
 
 def test_the_commands_take_a_chain_too(root, tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The configuration: the paper's settings, and one line for every mistake."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from cacl.config import Config
+from cacl import config
+from cacl.config import PRESETS, Config
+from cacl.stages.chain import CHAIN
 
 
 def write(tmp_path, text):
@@ -27,6 +30,16 @@ def test_the_voc_preset_has_the_papers_settings():
     assert (config.data.format, config.data.train) == ("voc", "train_aug")
     assert config.warmup.epochs == 5
     assert config.cams.scales == (0.5, 1, 1.5, 2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_nothing_that_is_a_default(name):
+    for table, keys in tomllib.loads(
+        (Path(config.__file__).parent / f"assets/presets/{name}.toml").read_text()
+    ).items():
+        fields = config.config_class(CHAIN).model_fields[table].annotation.model_fields
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+        assert not [key for key, value in given.items() if fields[key].default == value], table
 
 
 def test_coco_has_the_same_training_settings():

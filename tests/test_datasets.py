@@ -263,5 +263,5 @@ def test_other_masks(tmp_path):
 
 
 def test_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="Expected argument `format` to be one of voc, coco, csv, scenes, but got"):
+    with pytest.raises(ValueError, match="Expected argument `format` to be one of csv, voc, coco, scenes, but got"):
         open_dataset("cocoa", tmp_path, "train")

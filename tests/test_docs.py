@@ -37,10 +37,10 @@ from cacl.config import Config, config_class
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
 from cacl.figures.style import check_report
+from cacl.images import VOC_COLOURS
 from cacl.irn import IRNet
 from cacl.loading import load_images
 from cacl.photos import load_segmenter, save_segmenter
-from cacl.pictures import palette
 from cacl.scenes import generate
 from cacl.settings import Training
 from cacl.stages.cams import evaluate_cams
@@ -298,7 +298,7 @@ def mistakes(place: Path):
         root = place / "VOCdevkit/VOC2012"
         for path in (root / "SegmentationClass").glob("*.png"):
             mask = Image.fromarray(np.full((48, 64), 255, np.uint8))
-            mask.putpalette(palette().tobytes())
+            mask.putpalette(VOC_COLOURS.tobytes())
             mask.save(path)
         export_voc(root / "SegmentationClass", root, place / "results.tgz", split="val")
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from cacl import figures
 from cacl.figures import iou_bars, loss_curves, miou_bars, photo_grid, selection_curves, stage_costs
 from cacl.figures.style import smoothed
+from cacl.pictures import COLOURS
 
 
 def texts(figure: Figure) -> str:
@@ -137,7 +138,7 @@ def test_photo_grid_has_an_image_a_cell_and_a_legend_in_voc_colours():
     shown = texts(figure)
     assert all(text in shown for text in ("photo", "mask", "a: boat", "boat"))
     (swatch,) = [text for text in figure.texts if text.get_text() == "■"]
-    assert swatch.get_color()[:3] == pytest.approx((128 / 255, 0, 0))
+    assert swatch.get_color()[:3] == pytest.approx(COLOURS[1] / 255)
     for axes in figure.axes:  # pictures keep their shape
         box = axes.get_position()
         ratio = (box.width * figure.get_figwidth()) / (box.height * figure.get_figheight())

@@ -1,6 +1,8 @@
 """What tells one given object from another: its own key, or everything in it."""
 
+import collections
 import functools
+import random
 import re
 import subprocess
 import sys
@@ -32,6 +34,19 @@ class Slotted:
         self.value = value
 
 
+class Private:
+    __slots__ = ("__value",)
+
+    def __init__(self, value):
+        self.__value = value
+
+
+def hooked(hook):
+    net = TinyBackbone()
+    net.register_forward_hook(hook)
+    return net
+
+
 class Extra(nn.Module):
     def __init__(self, state):
         super().__init__()
@@ -61,6 +76,17 @@ def scaled(factor):
         (Plain(table=functools.partial(max, 1)), Plain(table=functools.partial(max, 2))),
         (Plain(table=scaled(1)), Plain(table=scaled(2))),
         (Plain(table=torch.relu), Plain(table=torch.sigmoid)),
+        (lambda x: x.mean(), lambda x: x.sum()),
+        (lambda x: x * 2, lambda x: x * 3),
+        (Plain(table={"a": 1}.get), Plain(table={"a": 2}.get)),
+        (Plain(table=random.Random(1)), Plain(table=random.Random(2))),
+        (Plain(table=torch.Generator().manual_seed(1)), Plain(table=torch.Generator().manual_seed(2))),
+        (Plain(table=collections.defaultdict(int)), Plain(table=collections.defaultdict(list))),
+        (Plain(table=np.ma.array([1, 2], mask=[0, 1])), Plain(table=np.ma.array([1, 2], mask=[1, 0]))),
+        (Plain(table=np.array([{"a": 1}], dtype=object)), Plain(table=np.array([{"a": 2}], dtype=object))),
+        (Plain(table=torch.ones(2, dtype=torch.cfloat).conj()), Plain(table=2j * torch.ones(2, dtype=torch.cfloat))),
+        (Private(1), Private(2)),
+        (hooked(lambda m, i, o: o), hooked(lambda m, i, o: -o)),
         (Slotted(1), Slotted(2)),
         (TinyEncoder(), other(TinyEncoder(), lambda e: e.conv.weight.data.mul_(2))),
         (TinyEncoder(), other(TinyEncoder(), lambda e: setattr(e, "mean", (0.1, 0.1, 0.1)))),
@@ -104,26 +130,45 @@ def test_the_mode_and_the_device_do_not_count():
     assert identity(torch.compile(net)) == before
 
 
+def test_which_parameters_learn_counts_where_they_are_trained():
+    one, two = TinyBackbone(), TinyBackbone().requires_grad_(False)
+    assert identity(one) == identity(two)
+    assert identity(one, trained=True) != identity(two, trained=True)
+
+
+def test_what_cannot_be_walked_is_unknown_and_no_crash():
+    def recursive():
+        return late
+
+    assert identity(recursive) == identity(recursive)  # an empty cell
+    late = 1
+    thing = Plain(table={Slotted(1)})
+    next(iter(thing.table)).value = thing
+    with pytest.raises(UnknownError):
+        identity(thing)
+
+
 def test_an_object_that_holds_itself():
     one = Plain()
     one.table = [one]
     assert identity(one) == identity(one)
 
 
-@pytest.mark.parametrize("hidden", [iter([1]), (i for i in range(3)), sys.stdout.buffer, object()])
+@pytest.mark.parametrize("hidden", [(i for i in range(3)), memoryview(b"a")])
 def test_what_cannot_be_looked_into_is_said(hidden):
     with pytest.raises(UnknownError, match="`table` is of the type "):
         identity(Plain(table=hidden))
 
 
 def test_an_object_may_bring_its_own_key():
-    one = Plain(table=iter([1]))
+    one = Plain(table=memoryview(b"a"))
     one.key = "v1"
-    two = Plain(table=iter([2]))
+    two = Plain(table=memoryview(b"b"))
     two.key = "v2"
-    three = Plain(table=object())
+    three = Plain(table=memoryview(b"c"))
     three.key = "v1"
     assert identity(one) == identity(three) != identity(two)
+    assert identity([one]) == identity([three]) != identity([two])
 
 
 def test_another_process_gives_the_same():

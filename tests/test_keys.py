@@ -28,7 +28,7 @@ def root(tmp_path):
 
 def keys(config: Config) -> dict[str, str]:
     session = Session(config, TinyEncoder(), TinyBackbone())
-    return {stage.name: session.key(stage.name) for stage in config.chain}
+    return {stage.name: session.key_of(stage) for stage in config.chain}
 
 
 def with_table(name: str, table: type):
@@ -43,6 +43,7 @@ def test_a_new_setting_at_its_default_changes_no_key(root):
     class Newer(IRN):
         smooth: Share = 0.5
 
+    Newer.__module__ = IRN.__module__  # as if it had always been its own
     chain = with_table("irn", Newer)
     assert keys(load(root, chain)) == keys(load(root, CHAIN))
     changed = keys(load(root, chain, "irn.smooth=0.25"))
@@ -55,6 +56,7 @@ def test_a_setting_that_only_an_evaluation_reads_changes_a_score_alone(root, tmp
     class Newer(CAMs):
         tolerance: Annotated[Share, Mark.EVALUATION] = 0.5
 
+    Newer.__module__ = CAMs.__module__
     chain = with_table("cams", Newer)
     assert keys(load(root, chain, "cams.tolerance=0.25")) == keys(load(root, CHAIN))
     small = [*configure(root, tmp_path / "out").to_toml().splitlines()]
@@ -108,13 +110,19 @@ def test_whoever_changes_a_default_raises_the_version():
     Where this fails: raise the `version` of the stage (of `cacl` for [encoder] and [prompts], of `warmup` and `segment`
     for [camnet]) if a default has changed, not if there is a new setting; then `python tests/test_keys.py`.
     """
+    assert defaults() == checked(), "write down what is new: PYTHONPATH=tests python tests/test_keys.py"
+
+
+def checked() -> dict[str, dict]:
+    """What is saved, unless a default has changed under the same version."""
     saved, found = json.loads(SAVED.read_text()), defaults()
     for name in saved.keys() & found.keys():
-        same = [key for key in saved[name]["defaults"] if key in found[name]["defaults"]]
-        changed = [key for key in same if saved[name]["defaults"][key] != found[name]["defaults"][key]]
-        assert not changed or saved[name]["version"] < found[name]["version"], f"[{name}] {changed}: raise the version"
-    assert found == saved
+        old, new = saved[name], found[name]
+        changed = [key for key, value in old["defaults"].items() if new["defaults"].get(key, value) != value]
+        assert not changed or old["version"] < new["version"], f"[{name}] {', '.join(changed)}: raise the version"
+    return saved
 
 
 if __name__ == "__main__":
+    checked()
     SAVED.write_text(json.dumps(defaults(), indent=2) + "\n")

@@ -2,14 +2,17 @@
 
 import numpy as np
 
-from cacl.pictures import heatmap, overlay, palette, sheet, threshold
+from cacl.images import VOC_COLOURS
+from cacl.pictures import COLOURS, heatmap, overlay, palette, sheet, threshold
 
 
 def test_the_palette_is_voc_s():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128),
              20: (0, 64, 128), 255: (224, 224, 192)}  # fmt: skip
-    colours = palette()
+    colours = VOC_COLOURS
     assert {value: tuple(colours[value].tolist()) for value in known} == known
+    assert (palette()[:255] == COLOURS[:255]).all()
+    assert (palette()[255] == 255).all()
 
 
 def test_threshold():
@@ -32,7 +35,7 @@ def test_overlay_shows_classes_and_what_is_ignored():
     photo = np.full((1, 3, 3), 100, np.uint8)
     background, first, ignored = overlay(photo, np.array([[0, 1, 255]]))[0].tolist()
     assert background == [35, 35, 35]
-    assert first == [35 + int(0.65 * 128), 35, 35]
+    assert first == [int(35 + 0.65 * colour) for colour in COLOURS[1]]
     assert min(ignored) > 195
 
 

@@ -478,12 +478,13 @@ def test_another_encoder_that_is_no_module_is_another(root, tmp_path, caplog):
     assert stages_of(Plain()) == []
     assert stages_of(Plain(0.5)) == ["cacl"]
     with caplog.at_level("WARNING", "cacl"):
-        assert stages_of(Plain(hidden=object())) == ["cacl"]
-        assert stages_of(Plain(hidden=object())) == ["cacl"]
+        one, two = (Plain(hidden=(i for i in range(3))) for _ in range(2))
+        assert [stages_of(one), stages_of(one), stages_of(two)] == [["cacl"], [], ["cacl"]]
     assert (
-        "encoder: what it gives is done again, since a Plain cannot be told from another one: `hidden`" in caplog.text
+        "encoder: what it gives is done again in every process, since a Plain cannot be told from another"
+        in caplog.text
     )
-    keyed = Plain(hidden=object())
+    keyed = Plain(hidden=(i for i in range(3)))
     keyed.key = "plain v1"
     assert [stages_of(keyed), stages_of(keyed)] == [["cacl"], []]
 
@@ -617,7 +618,7 @@ def test_what_is_not_needed_any_more_is_freed(root, tmp_path, monkeypatch):
         alive.setdefault(record["stage"], [ref() is not None for ref in made])
 
     run(root, tmp_path / "out", encoder=None, callback=watch)
-    assert alive == {"warmup": [True], "cacl": [True], "irn": [False], "segment": [False]}
+    assert alive == {"warmup": [False], "cacl": [False, True], "irn": [False] * 2, "segment": [False] * 2}
     alive.clear()
     made.clear()
     run(root, tmp_path / "out", "irn.radius=3", encoder=None, callback=watch)  # CA-CL has finished: nothing is loaded
@@ -633,7 +634,7 @@ def test_a_given_encoder_goes_back_to_where_it_came_from(root, tmp_path):
             return super().to(*args, **kwargs)
 
     run(root, tmp_path / "out", encoder=Moving(), stages=["warmup", "cacl", "cams"])
-    assert places == [torch.device("cpu"), torch.device("cpu")]
+    assert places == [torch.device("cpu")] * 4  # to check settings, and to train
 
 
 def test_nothing_shows_progress_where_it_is_not_wanted(root, tmp_path, monkeypatch):
@@ -676,7 +677,7 @@ def test_a_run_and_predict_count_the_same_cores(root, tmp_path, monkeypatch):
 def test_another_format_of_data_is_one_line(root, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "mine", replace(FORMATS["csv"], is_here=lambda folder: False))
     assert run(root, tmp_path / "out", "data.format=mine", stages=["warmup"]).metrics
-    with pytest.raises(ValueError, match=r"\[data\] format: input should be 'voc', .*or 'mine', but got 'mien'"):
+    with pytest.raises(ValueError, match=r"\[data\] format: input should be 'csv', .*or 'mine', but got 'mien'"):
         configure(root, tmp_path / "out", "data.format=mien")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copyreg
 import enum
-import functools
 import hashlib
-import re
+import logging
 import threading
 import types
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -16,127 +18,190 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath, enum.Enum, np.generic, torch.dtype, torch.Size)
+from cacl.errors import first_line
+
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, bytearray, slice, range, type(...), PurePath, enum.Enum,
+    np.generic, np.dtype, torch.dtype, torch.Size,
+)  # fmt: skip
+_NAMED = (type, types.ModuleType, logging.Logger, np.ufunc)
+"""What its name is enough for."""
+_NO_STATE = (torch.device, type(threading.Lock()), type(threading.RLock()))
+_CONTAINERS = (dict, list, tuple, set, frozenset, OrderedDict, deque)
 _OF_ALL = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"}
 """What modules have in their ``__dict__``: mode, hooks, tensors (which are looked at by name), marks of compilers."""
-_OF_PYTHON = 1 << 9
-"""Flag of classes that are no part of an interpreter or library written in C, whose state is nowhere to be seen."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NO_STATE = (torch.device, torch.Generator, type(threading.Lock()), type(threading.RLock()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class UnknownError(Exception):
     """Something in an object cannot be looked into; the message says what."""
 
 
-def identity(thing: object) -> str:
+def identity(thing: object, *, trained: bool = False) -> str:
     """A hash that is another one for an object with other results, the same for an equal object in another process.
 
     An object with a text ``key`` brings its own, and is not looked into. Of others its class counts, and everything in
     it: tensors and arrays by their values, numbers and texts, and objects in it likewise. The mode of modules, the
-    device of tensors and code do not count.
+    device of tensors, and the code of classes and of functions that a module defines do not count.
+
+    Args:
+        thing: the object.
+        trained: whether it makes a difference which of its parameters take a gradient.
 
     Raises:
         UnknownError: if something in it cannot be looked into.
     """
-    thing = _uncompiled(thing)
-    key = getattr(thing, "key", None)
-    digest = hashlib.sha256(_name(type(thing)).encode())
-    if isinstance(key, str):
-        digest.update(key.encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-    seen: dict[int, tuple[int, object]] = {}
-    for part in _parts(thing, "", seen):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
+    digest = hashlib.sha256()
+    try:
+        for part in _Looking(trained).parts(thing, ""):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    except UnknownError:
+        raise
+    except Exception as error:  # of whatever the object's own methods raise
+        raise UnknownError(f"{type(error).__name__}: {first_line(error)}") from None
     return digest.hexdigest()
 
 
-def _parts(value: Any, place: str, seen: dict[int, tuple[int, object]]) -> Iterator[bytes | memoryview]:
-    """What a value is made of, in a fixed order; ``seen`` keeps objects alive, so that no two have one id."""
-    if isinstance(value, _PLAIN):
-        yield f"{type(value).__name__} {value!r}".encode("utf-8", "surrogatepass")
-        return
-    if isinstance(value, _NO_STATE):
-        return
-    if isinstance(value, type | types.BuiltinFunctionType):
-        yield _name(value).encode()
-        return
-    if id(value) in seen:
-        yield f"again {seen[id(value)][0]}".encode()
-        return
-    seen[id(value)] = (len(seen), value)
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_meta:
-            raise UnknownError(f"`{place}` is a tensor without values of its own")
-        yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        yield f"array {value.dtype} {value.shape}".encode()
-        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-    elif isinstance(value, Mapping):
-        yield f"mapping {len(value)}".encode()
-        for name, each in value.items():
-            yield from _parts(name, place, seen)
-            yield from _parts(each, f"{place}[{name!r}]", seen)
-    elif isinstance(value, Set):
-        yield f"set {len(value)}".encode()
-        yield from sorted(b"".join(_parts(each, place, {})) for each in value)
-    elif isinstance(value, Sequence | np.ndarray):
-        yield f"sequence {len(value)}".encode()
-        for i, each in enumerate(value):
-            yield from _parts(each, f"{place}[{i}]", seen)
-    elif isinstance(value, re.Pattern):
-        yield f"pattern {value.pattern!r} {value.flags}".encode()
-    elif isinstance(value, functools.partial):
-        yield from _parts((value.func, value.args, value.keywords), place, seen)
-    elif isinstance(value, types.MethodType):
-        yield from _parts((value.__func__, value.__self__), place, seen)
-    elif isinstance(value, types.FunctionType):
-        yield _name(value).encode()
-        if value.__name__ == "<lambda>":
-            yield value.__code__.co_code
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        yield from _parts((value.__defaults__, value.__kwdefaults__, cells), place, seen)
-    else:
+class _Looking:
+    """A look into an object: each part of it once, in a fixed order."""
+
+    def __init__(self, trained: bool) -> None:
+        self.trained = trained
+        self.seen: dict[int, tuple[int, object]] = {}
+        """Objects stay alive in it, so that no two have one id."""
+
+    def parts(self, value: Any, place: str) -> Iterator[bytes | memoryview]:
         value = _uncompiled(value)
+        if isinstance(value, _PLAIN):
+            yield f"{_name(type(value))} {value!r}".encode("utf-8", "surrogatepass")
+            return
+        if isinstance(value, _NO_STATE):
+            return
+        if isinstance(value, _NAMED):
+            yield _name(value).encode()
+            return
+        if id(value) in self.seen:
+            yield f"again {self.seen[id(value)][0]}".encode()
+            return
+        self.seen[id(value)] = (len(self.seen), value)
         yield _name(type(value)).encode()
-        for name, each in _attributes(value, place):
-            yield name.encode("utf-8", "surrogatepass")
-            yield from _parts(each, f"{place}.{name}".lstrip("."), seen)
+        key = getattr(value, "key", None)
+        if isinstance(key, str):
+            yield key.encode("utf-8", "surrogatepass")
+        elif isinstance(value, Tensor):
+            yield from self._tensor(value, place)
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject and type(value) is np.ndarray:
+            yield f"array {value.dtype} {value.shape}".encode()
+            yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+        elif isinstance(value, torch.Generator):
+            yield from self._tensor(value.get_state(), place)
+        elif isinstance(value, types.FunctionType):
+            yield from self._function(value, place)
+        elif isinstance(value, types.BuiltinFunctionType | types.MethodType):
+            owner = value.__self__ if not isinstance(value.__self__, types.ModuleType) else None
+            yield from self.parts((_name(value), getattr(value, "__func__", None), owner), place)
+        elif isinstance(value, Mapping) and _is_container(value):
+            for name, each in value.items():
+                yield from self.parts(name, place)
+                yield from self.parts(each, f"{place}[{name!r}]")
+        elif isinstance(value, Set) and _is_container(value):
+            yield from sorted(identity(each, trained=self.trained).encode() for each in value)
+        elif isinstance(value, Sequence) and _is_container(value):
+            for number, each in enumerate(value):
+                yield from self.parts(each, f"{place}[{number}]")
+        else:
+            own = _attributes(value)
+            if own is None:
+                own = self._reduced(value, place)
+            for name, each in own.items():
+                yield name.encode("utf-8", "surrogatepass")
+                yield from self.parts(each, f"{place}.{name}".lstrip("."))
+
+    def _tensor(self, value: Tensor, place: str) -> Iterator[bytes | memoryview]:
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise UnknownError(f"`{place}` is a tensor without values of its own")
+        learns = self.trained and value.requires_grad and value.is_leaf
+        yield f"tensor {value.dtype} {tuple(value.shape)} {learns}".encode()
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+
+    def _function(self, value: types.FunctionType, place: str) -> Iterator[bytes | memoryview]:
+        yield _name(value).encode()
+        if "<" in value.__qualname__ or value.__module__ == "__main__":  # of a function, a script, a notebook
+            yield from _code(value.__code__)
+        cells = []
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                cells.append(cell.cell_contents)
+        yield from self.parts((value.__defaults__, value.__kwdefaults__, cells, value.__dict__), place)
+
+    def _reduced(self, value: Any, place: str) -> dict[str, Any]:
+        """What pickle would keep of an object whose state is not in Python."""
+        try:
+            reduce = copyreg.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)
+        except Exception:  # of many kinds
+            raise UnknownError(f"{f'`{place}`' if place else 'it'} is of the type {_name(type(value))}") from None
+        return {"reduced": list(reduced) if isinstance(reduced, tuple) else reduced}
+
+
+def _code(code: types.CodeType) -> Iterator[bytes]:
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code(constant)
+        else:
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode()
+
+
+def _is_container(value: object) -> bool:
+    return type(value) in _CONTAINERS or isinstance(value, types.MappingProxyType)
 
 
 def _uncompiled(value: Any) -> Any:
     """What :func:`torch.compile` was given."""
-    return value._orig_mod if isinstance(getattr(value, "_orig_mod", None), nn.Module) else value
+    if isinstance(value, nn.Module):
+        original = value._modules.get("_orig_mod")
+        return value if original is None else original
+    return value
 
 
-def _attributes(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """An object's own, and the data of its classes."""
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """An object's own attributes and the data of its classes; None where some of its state is hidden."""
+    kinds = [kind for kind in type(value).__mro__ if kind is not object]
+    if any(map(_hides, kinds)):
+        return None
     own: dict[str, Any] = {}
-    for kind in reversed(type(value).__mro__):
-        if kind is not nn.Module and kind is not object:
+    for kind in reversed(kinds):
+        if kind is not nn.Module:
             own |= {name: each for name, each in vars(kind).items() if not name.startswith("__") and _is_data(each)}
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-    hidden = any(not kind.__flags__ & _OF_PYTHON for kind in type(value).__mro__ if kind is not object)
-    if hidden or (not hasattr(value, "__dict__") and not slots):
-        raise UnknownError(f"{f'`{place}`' if place else 'it'} is of the type {_name(type(value))}")
-    own |= {name: getattr(value, name) for name in slots}
+    own |= {name: getattr(value, name) for kind in kinds for name in _slots(kind) if hasattr(value, name)}
     if isinstance(value, nn.Module):
         own |= {name: each for name, each in vars(value).items() if name not in _OF_ALL}
         own |= {**value._parameters, **value._buffers, **value._modules}
-        own |= {name: [type(hook) for hook in vars(value)[name].values()] for name in _HOOKS if vars(value)[name]}
+        own |= {name: list(vars(value)[name].values()) for name in _HOOKS if vars(value).get(name)}
         if type(value).get_extra_state is not nn.Module.get_extra_state:
             own["_extra_state"] = value.get_extra_state()
     else:
         own |= getattr(value, "__dict__", {})
-    yield from sorted(own.items())
+    return dict(sorted(own.items()))
+
+
+def _hides(kind: type) -> bool:
+    """Whether objects of a class hold more than Python shows: they are larger than their attributes make them."""
+    base = kind.__base__ or object
+    shown = len(_slots(kind)) + ("__dict__" in vars(kind)) + ("__weakref__" in vars(kind))
+    return kind.__basicsize__ - base.__basicsize__ > 8 * shown or kind.__itemsize__ > 0
 
 
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+    mangled = f"_{kind.__name__.lstrip('_')}"
+    private = [f"{mangled}{name}" if name.startswith("__") and not name.endswith("__") else name for name in names]
+    return [name for name in private if name not in ("__dict__", "__weakref__")]
 
 
 def _is_data(value: object) -> bool:

@@ -13,7 +13,7 @@ from cacl._support.pool import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.dataset import Dataset
-from cacl.datasets.formats import FORMATS, Part, format_of
+from cacl.datasets.formats import FORMATS, format_of
 from cacl.errors import InputError, shown
 
 
@@ -97,12 +97,13 @@ def check_folder(
     root = Path(root)
     problems: list[str] = []
     seen: set[int] = set()  # of hashes: the entries themselves would take a hundred times the memory
-    first: Part | None = None
-    for part in FORMATS[format or format_of(root)].parts(root, list(splits or ())):
-        first = first or part
-        if part.listing.classes != first.listing.classes:
+    known = FORMATS[format or format_of(root)]
+    wanted = list(splits or known.splits(root))
+    parts = [known.read(root, split) for split in wanted]
+    for part in parts:
+        if part.listing.classes != parts[0].listing.classes:
             problems.append(
-                f"{shown(part.source)}: expected the categories of the split {first.split}, but it has others"
+                f"{shown(part.source)}: expected the categories of the split {wanted[0]}, but it has others"
             )
         problems += part.listing.problems
         new = []

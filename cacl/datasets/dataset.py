@@ -127,7 +127,7 @@ class VOC(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str) -> None:
-        super().__init__(*_sound(read_voc(Path(root), split)))
+        super().__init__(*sound(read_voc(Path(root), split)))
 
 
 class InOneFile(Dataset):
@@ -173,7 +173,7 @@ class COCO(InOneFile):
 
     def __init__(self, root: str | PathLike[str], split: str) -> None:
         listing, objects = read_coco(Path(root), split)
-        classes, entries = _sound(listing)
+        classes, entries = sound(listing)
         super().__init__(classes, entries, objects)
 
 
@@ -193,10 +193,11 @@ class CSVDataset(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str | None = None) -> None:
-        super().__init__(*_sound(read_csv(Path(root), split)))
+        super().__init__(*sound(read_csv(Path(root), split)))
 
 
-def _sound(listing: Listing) -> tuple[tuple[str, ...], Entries]:
+def sound(listing: Listing) -> tuple[tuple[str, ...], Entries]:
+    """The classes and entries of a listing without problems; else one line for each."""
     if listing.problems:
         raise InputError("\n".join(listing.problems))
     return listing.classes, listing.entries

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 from cacl.datasets.coco import coco_splits, read_coco
-from cacl.datasets.dataset import COCO, VOC, CSVDataset, Dataset, InOneFile
+from cacl.datasets.dataset import Dataset, InOneFile, sound
 from cacl.datasets.entries import Listing
 from cacl.datasets.listing import read_csv, read_voc, voc_splits
 from cacl.errors import InputError, expected, quoted
 
 
 class Part(NamedTuple):
-    """What a data set's files say, with all that may be wrong about it."""
+    """What a data set's files say of a split, with all that may be wrong about it."""
 
-    split: str
     listing: Listing
     dataset: Dataset
     source: Path
@@ -27,16 +26,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """How a data set is found, opened and checked."""
+    """How a data set is found, read and checked."""
 
-    open: Callable[[str | PathLike[str], str], Dataset]
-    """(root, split) -> the images of the split, or one line for each problem of the listing."""
-    parts: Callable[[Path, Sequence[str]], Iterator[Part]]
-    """(root, splits, or none for all) -> what there is to check."""
+    read: Callable[[Path, str], Part]
+    """(root, split) -> what its files say."""
+    splits: Callable[[Path], Sequence[str]]
+    """root -> the splits that there are, or an error that says where they should be."""
     is_here: Callable[[Path], bool]
-    """Whether a folder looks like one."""
+    """Whether a folder looks like one; the first of :data:`FORMATS` that says so wins."""
     looks: str
-    """What tells such a folder."""
+    """What tells such a folder, for the message where none does."""
     brings_words: bool = False
     """Whether a ``backgrounds.json`` in its folder is used without being named."""
     segmented: str = ""
@@ -53,7 +52,9 @@ def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
     """
     if format not in FORMATS:
         raise expected("format", f"one of {', '.join(FORMATS)}", repr(format))
-    return FORMATS[format].open(root, split)
+    part = FORMATS[format].read(Path(root), split)
+    sound(part.listing)
+    return part.dataset
 
 
 def check_format(name: str) -> str:
@@ -70,50 +71,64 @@ def format_of(root: Path) -> str:
     Raises:
         ValueError: if there is none.
     """
-    own_list_first = sorted(FORMATS, key=lambda name: FORMATS[name].open is not CSVDataset)
-    for name in own_list_first:
-        if FORMATS[name].is_here(root):
+    for name, format in FORMATS.items():
+        if format.is_here(root):
             return name
-    looks = ", or ".join(dict.fromkeys(FORMATS[name].looks for name in own_list_first))
+    looks = ", or ".join(dict.fromkeys(format.looks for format in FORMATS.values()))
     raise InputError(f"{root}: no data set here: expected {looks}")
 
 
-def _voc_parts(root: Path, splits: Sequence[str]) -> Iterator[Part]:
+def _csv(root: Path, split: str) -> Part:
+    listing = read_csv(root, split or None)
+    return Part(listing, Dataset(listing.classes, listing.entries), root / "dataset.csv")
+
+
+def _voc(root: Path, split: str) -> Part:
+    listing = read_voc(root, split)
     lists = root / "ImageSets" / "Segmentation"
-    known = splits or voc_splits(root)
-    if not known:
-        raise InputError(f"{lists}: expected a list of ids for each split, such as train.txt, but there is none")
-    for split in known:
-        listing = read_voc(root, split)
-        yield Part(split, listing, Dataset(listing.classes, listing.entries), lists / f"{split}.txt")
+    return Part(listing, Dataset(listing.classes, listing.entries), lists / f"{split}.txt")
 
 
-def _csv_parts(root: Path, splits: Sequence[str]) -> Iterator[Part]:
-    for split in splits or (None,):
-        listing = read_csv(root, split)
-        yield Part(split or "", listing, Dataset(listing.classes, listing.entries), root / "dataset.csv")
+def _coco(root: Path, split: str) -> Part:
+    listing, objects = read_coco(root, split)
+    return Part(listing, InOneFile(listing.classes, listing.entries, objects), objects.path)
 
 
-def _coco_parts(root: Path, splits: Sequence[str]) -> Iterator[Part]:
-    known = splits or coco_splits(root)
-    if not known:
-        raise InputError(f"{root / 'annotations'}: expected instances_*.json of COCO, but there is none")
-    for split in known:
-        listing, objects = read_coco(root, split)
-        yield Part(split, listing, InOneFile(listing.classes, listing.entries, objects), objects.path)
+def _voc_splits(root: Path) -> list[str]:
+    if splits := voc_splits(root):
+        return splits
+    lists = root / "ImageSets" / "Segmentation"
+    raise InputError(f"{lists}: expected a list of ids for each split, such as train.txt, but there is none")
 
 
-_CSV = Format(CSVDataset, _csv_parts, lambda root: (root / "dataset.csv").is_file(), "dataset.csv", brings_words=True)
+def _coco_splits(root: Path) -> list[str]:
+    if splits := coco_splits(root):
+        return splits
+    raise InputError(f"{root / 'annotations'}: expected instances_*.json of COCO, but there is none")
+
+
+_CSV = Format(
+    read=_csv,
+    splits=lambda root: [""],  # all rows at once
+    is_here=lambda root: (root / "dataset.csv").is_file(),
+    looks="dataset.csv",
+    brings_words=True,
+)
 FORMATS: dict[str, Format] = {
+    "csv": _CSV,
     "voc": Format(
-        VOC,
-        _voc_parts,
-        lambda root: (root / "ImageSets" / "Segmentation").is_dir(),
-        "ImageSets/Segmentation of PASCAL VOC",
+        read=_voc,
+        splits=_voc_splits,
+        is_here=lambda root: (root / "ImageSets" / "Segmentation").is_dir(),
+        looks="ImageSets/Segmentation of PASCAL VOC",
         segmented="val",
     ),
-    "coco": Format(COCO, _coco_parts, lambda root: bool(coco_splits(root)), "annotations/instances_*.json of COCO"),
-    "csv": _CSV,
+    "coco": Format(
+        read=_coco,
+        splits=_coco_splits,
+        is_here=lambda root: bool(coco_splits(root)),
+        looks="annotations/instances_*.json of COCO",
+    ),
     "scenes": replace(_CSV, drawn=True),
 }
-"""Name -> format."""
+"""Name -> format; where a folder fits several, the first one is meant."""

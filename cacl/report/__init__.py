@@ -74,7 +74,7 @@ def report(
         config = config.changed({"run": {"device": device}})
     if not progress:
         config = config.changed({"run": {"progress": False}})
-    session = Session(config, encoder, backbone)
+    session = Session(config, encoder, backbone, drawing=False)
     target = Path(out) if out is not None else session.out / "report"
     if target.suffix == ".html":
         return _write(session, target, _galleries(session), ablation)

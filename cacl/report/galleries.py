@@ -35,7 +35,7 @@ def cam_gallery(session: Session) -> Gallery | None:
 def step_gallery(session: Session) -> Gallery | None:
     """The steps from CAM to pseudo mask, of training images."""
     dataset = session.train
-    if not _has(session, "cams"):
+    if not finished(session, "cams"):
         return None
     cams = session.folder("cams") / "train"
     chosen = [i for i in _chosen(session, dataset) if (cams / f"{dataset.entries[i].id}.npz").is_file()]
@@ -45,7 +45,7 @@ def step_gallery(session: Session) -> Gallery | None:
     kept = {
         title: folder
         for title, (stage, name) in places.items()
-        if _has(session, stage) and (folder := session.folder(stage) / name).is_dir()
+        if finished(session, stage) and (folder := session.folder(stage) / name).is_dir()
     }
     titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", *kept]
     gallery = Gallery(dataset, [*titles, *_truth_title(dataset, chosen)])
@@ -129,7 +129,7 @@ def open_ablation(session: Session, folder: Path) -> Ablation | None:
     """What :func:`cacl.ablate.run` left in a folder, as far as its trainings are finished; None for nothing."""
     for seed in sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name)):
         try:
-            config = Config.of_run(seed / "start")
+            config = Config.of_run(seed / "start", chain=session.config.chain)
             names = folders(config)
             tables = {table: variants(config, table) for table in ("4", "5")}
         except InputError as error:

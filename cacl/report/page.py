@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -15,10 +14,7 @@ from cacl.figures.style import check_report
 from cacl.images import Pixels
 from cacl.pictures import palette
 from cacl.report.gallery import Gallery
-from cacl.stages.stage import Score
-
-if TYPE_CHECKING:
-    pass
+from cacl.stages.score import Score
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 _LARGEST = (300, 225)

@@ -17,7 +17,7 @@ from cacl.report.page import Block, Section
 from cacl.runs.session import Session
 from cacl.settings import Prompts
 from cacl.stages.contrast import CACL
-from cacl.stages.stage import Score
+from cacl.stages.score import Score
 
 _ABLATE = "cacl ablate CONFIG --tables 4,5"
 
@@ -28,12 +28,15 @@ def scores(session: Session) -> list[Score]:
     for name, score in session.files.scores().items():
         if score.miou is None:  # every pixel is ignored
             continue
-        shown = next((stage.shown for stage in session.chain if stage.name == name), "") or score.what
+        known = [stage for stage in session.chain if stage.name == name]
+        if not known:  # of another chain
+            continue
+        shown = known[0].shown or score.what
         shown = shown.replace("{crf}", " + CRF" if score.crf else "")
         for step, what in ((score.walk, ""), (score, shown)):
             if step is not None:
                 what = what or step.what
-                found.append(replace(step, what=what[:1].upper() + what[1:]))
+                found.append(replace(step, what=what[:1].upper() + what[1:], stage=name))
     return found
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cacl._support.files import read_json, write_json
-from cacl.log import Log, Record, forget_costs
-from cacl.stages.stage import Score, Stage
+from cacl.log import Log, Record, keep_costs
+from cacl.stages.score import Score
+from cacl.stages.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,16 @@ class RunFolder:
         """Write down how far a stage is."""
         write_json(self.path / stage / "stage.json", {"key": key, "finished": finished})
 
-    def begin(self, stage: Stage[Any], later: Iterable[Stage[Any]], key: str) -> None:
-        """Make room for a stage that is done anew: nothing of it stays, and nothing is known of those after it."""
-        again = [stage.name, *(each.name for each in later)]
-        for name in again:
-            (self.path / name / "stage.json").unlink(missing_ok=True)
-        self._forget_scores(again)
-        self.log.forget(again)
-        forget_costs(self.costs, again)
+    def begin(self, stage: Stage[Any], before: Collection[str], key: str) -> None:
+        """Make room for a stage that is done anew: nothing of it stays, nor is any known but those before it."""
+        for path in self.path.glob("*/stage.json"):
+            if path.parent.name not in before:
+                path.unlink()
+        known = self.metrics
+        if not known.keys() <= set(before):
+            self._write({name: record for name, record in known.items() if name in before}, list(known))
+        self.log.keep(before)
+        keep_costs(self.costs, before)
         self.forget_checkpoint(stage.name)
         for files in (self.path / stage.name / name for name in stage.files):
             if files.is_symlink():
@@ -97,11 +100,6 @@ class RunFolder:
     def keep_score(self, stage: str, score: Score, key: str, order: Collection[str]) -> None:
         """Write down a score, and the key of what it follows from; ``order`` is that of the stages."""
         self._write({**self.metrics, stage: {**score.record(), "key": key}}, order)
-
-    def _forget_scores(self, stages: Collection[str]) -> None:
-        known = self.metrics
-        if not known.keys().isdisjoint(stages):
-            self._write({stage: record for stage, record in known.items() if stage not in stages}, list(known))
 
     def _write(self, metrics: dict[str, Record], order: Collection[str]) -> None:
         names = [*order, *(name for name in metrics if name not in order)]

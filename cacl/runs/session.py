@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -34,6 +36,17 @@ Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T", bound=Table)
 
 
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Of objects that nothing tells apart; in this process they are themselves."""
+
+
+def _nameless(thing: object) -> str:
+    try:
+        return _names.setdefault(thing, uuid4().hex)
+    except TypeError:  # no hash, or nothing can refer to it weakly
+        return uuid4().hex
+
+
 class NotDrawnError(InputError):
     """Scenes that would have to be drawn first."""
 
@@ -48,7 +61,8 @@ class Session:
         given_backbone: instead of the configuration's.
         given_criterion: instead of CA-CL's loss.
         chain: the stages; those of the configuration if empty.
-        planning: whether nothing may be written: scenes that are missing are an error then.
+        planning: whether nothing is computed, written or drawn.
+        drawing: whether scenes that are missing are drawn; else they are an error.
     """
 
     config: Config
@@ -57,10 +71,12 @@ class Session:
     given_criterion: Callable[..., Any] | None = None
     chain: Chain = ()
     planning: bool = False
+    drawing: bool = True
     keys: dict[str, str] = field(default_factory=dict, init=False)
     """Stage -> the hash of everything that its result follows from, as far as anybody has asked."""
     _opened: dict[str, Dataset] = field(default_factory=dict, init=False)
     _identities: dict[str, str] = field(default_factory=dict, init=False)
+    _at: Stage[Any] | None = field(default=None, init=False)
     _shared: dict[str, tuple[Any, torch.device | None]] = field(default_factory=dict, init=False)
     """Name -> what is shared, and the device that it came on if it was given."""
 
@@ -83,7 +99,7 @@ class Session:
     def machine(self) -> Machine:
         run = self.config.run
         return Machine(
-            device=local_device(run.device, "[run] device"),
+            device="cpu" if self.planning else local_device(run.device, "[run] device"),  # which may not be there
             workers=min(run.workers, max(1, usable_cores() // local_world_size())),
             precision=run.precision,
             progress=run.progress,
@@ -100,19 +116,44 @@ class Session:
         return cast(T, getattr(self.config, stage.name))
 
     def stage(self, name: str) -> Stage[Any]:
-        return stage_of(self.chain, name)
+        """The stage that a name means to the one that is being looked at (see :func:`cacl.stages.chain.stage_of`)."""
+        return stage_of(self.chain, name, self._at)
+
+    @contextmanager
+    def at(self, stage: Stage[Any]) -> Iterator[None]:
+        """Look at a stage: whatever it asks, it asks as that stage."""
+        before, self._at = self._at, stage
+        try:
+            yield
+        finally:
+            self._at = before
+
+    def needs(self, stage: Stage[Any]) -> list[Stage[Any]]:
+        """The stages whose results a stage reads."""
+        known = [*stage.needs, *stage.also_needs(self.settings(stage))]
+        names = {name for each in self.chain for name in (each.name, *each.stands_for)}
+        if missing := [need for need in known if need not in names]:
+            raise InputError(f"[{stage.name}]: needs the stage {missing[0]!r}, which is not in the chain")
+        with self.at(stage):
+            return [self.stage(need) for need in known]
 
     def folder(self, stage: str) -> Path:
         return self.out / self.stage(stage).name
 
-    def key(self, stage: str) -> str:
-        found = self.stage(stage)
-        if found.name not in self.keys:
-            self.keys[found.name] = found.key(self, self.settings(found), [self.key(need) for need in found.needs])
-        return self.keys[found.name]
+    def key_of(self, stage: Stage[Any]) -> str:
+        """The hash of everything that the result of this very stage follows from."""
+        if stage.name not in self.keys:
+            needed = [self.key_of(need) for need in self.needs(stage)]
+            with self.at(stage):
+                self.keys[stage.name] = stage.key(self, self.settings(stage), needed)
+        return self.keys[stage.name]
 
     def finished(self, stage: str) -> bool:
-        return self.files.finished(self.stage(stage).name, self.key(stage))
+        return self.is_finished(self.stage(stage))
+
+    def is_finished(self, stage: Stage[Any]) -> bool:
+        """Whether this very stage has finished with these settings."""
+        return self.files.finished(stage.name, self.key_of(stage))
 
     def identity(self, argument: Literal["encoder", "backbone", "criterion"]) -> str:
         """What tells one given object from another; where that cannot be known, it is another every time."""
@@ -123,14 +164,14 @@ class Session:
                 "criterion": self.given_criterion,
             }[argument]
             try:
-                found = "" if given is None else identity(given)
+                found = "" if given is None else identity(given, trained=argument == "backbone")
             except UnknownError as error:
                 logger.warning(
-                    "%s: what it gives is done again, since a %s cannot be told from another one: %s. Give it an "
-                    "attribute `key`, a text that changes whenever its results do.", argument, type(given).__name__,
-                    error,
+                    "%s: what it gives is done again in every process, since a %s cannot be told from another one: %s. "
+                    "Give it an attribute `key`, a text that changes whenever its results do.", argument,
+                    type(given).__name__, error,
                 )  # fmt: skip
-                found = uuid4().hex
+                found = _nameless(given)
             self._identities[argument] = found
         return self._identities[argument]
 
@@ -142,9 +183,10 @@ class Session:
             data = self.config.data
             if FORMATS[data.format].drawn:
                 drawn = self.table(Scenes).model_dump()
-                if self.planning and not scenes.is_drawn(data.root, **drawn):
+                drawing = self.drawing and not self.planning
+                if not drawing and not scenes.is_drawn(data.root, **drawn):
                     raise NotDrawnError(f"{data.root}: the scenes have to be drawn first")
-                if not self.planning:
+                if drawing:
                     draw = partial(scenes.generate, workers=self.machine.workers, progress=self.machine.progress)
                     rank_zero(partial(draw, data.root, **drawn))
             self._opened[split] = open_dataset(data.format, data.root, split)
@@ -165,6 +207,10 @@ class Session:
     def segmented(self) -> Dataset | None:
         split = self.config.segmented_split
         return self.open(split) if split else None
+
+    @cached_property
+    def images(self) -> str:
+        return self.train.fingerprint()
 
     @property
     def splits(self) -> dict[str, str]:
@@ -220,7 +266,8 @@ class Session:
     def network(self, make: Callable[..., Network], stage: str | None = None) -> Network:
         table, path = self.table(CAMNetwork), None if stage is None else self.folder(stage) / "model.pt"
         state = None if path is None else load_state(path)
-        backbone = self.own_backbone() or table.backbone
+        own = self.own_backbone()
+        backbone = table.backbone if own is None else own
         net = self._made(make, backbone, table.weights if state is None else "")
         if state is not None:
             load_weights(net, state, path)

@@ -26,7 +26,8 @@ from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Sweep, count_scores, sweep_of
 from cacl.settings import Factor, Machine, Switch, Table
-from cacl.stages.stage import Context, Oracle, Score, Stage, rounded
+from cacl.stages.score import Oracle, Score, rounded
+from cacl.stages.stage import Context, Stage
 
 
 class CAMs(Table):

@@ -1,4 +1,7 @@
-"""The chain: CAM → CRF → IRNet → pseudo masks → DeepLabV2 → masks. A new stage is a word here."""
+"""The chain: CAM → CRF → IRNet → pseudo masks → DeepLabV2 → masks. A new stage is a word here.
+
+One between two others takes the place of the first of them by ``stands_for``: whoever comes later gets its results.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from cacl._support.checks import check_choice
 from cacl.errors import InputError
+from cacl.settings import Table
 from cacl.stages import cams, contrast, irn, masks, predict, segment, warmup
 from cacl.stages.stage import Stage
 
@@ -29,8 +33,16 @@ def check_chain(chain: Sequence[Stage[Any]]) -> Chain:
     for stage in chain:
         if not isinstance(stage, Stage):
             raise InputError(f"Expected argument `chain` to hold stages, but got {type(stage).__name__}.")
-        if not stage.name.isidentifier():
+        if not (stage.name.isidentifier() and stage.name.isascii()):
             raise InputError(f"Expected argument `chain` to hold stages with plain names, but got {stage.name!r}.")
+        if not (isinstance(stage.settings, type) and issubclass(stage.settings, Table)):
+            raise InputError(
+                f"Expected argument `chain` to hold stages with a table, but that of {stage.name!r} is none."
+            )
+        if (stage.score is None) != (stage.scored_on is None):
+            raise InputError(
+                f"Expected argument `chain`: {stage.name!r} to have both, `score` and `scored_on`, or none."
+            )
         for need in stage.needs:
             if need not in known:
                 raise InputError(
@@ -42,14 +54,21 @@ def check_chain(chain: Sequence[Stage[Any]]) -> Chain:
     return tuple(chain)
 
 
-def stage_of(chain: Sequence[Stage[Any]], name: str) -> Stage[Any]:
-    """The stage of a name, or else the last one that stands for it.
+def stage_of(chain: Sequence[Stage[Any]], name: str, at: Stage[Any] | None = None) -> Stage[Any]:
+    """The stage that a name means: the last one that is called so or stands for it.
+
+    Args:
+        chain: the stages.
+        name: of the stage.
+        at: who asks: itself by its own name, and of the others those before it.
 
     Raises:
         ValueError: if there is none.
     """
-    own = [stage for stage in chain if stage.name == name]
-    others = [stage for stage in chain if name in stage.stands_for]
-    if not own and not others:
-        check_choice("stages", name, [stage.name for stage in chain])
-    return (own or others)[-1]
+    if at is not None and at.name == name:
+        return at
+    before = chain if at is None or at not in chain else chain[: list(chain).index(at)]
+    found = [stage for stage in before if name in (stage.name, *stage.stands_for)]
+    if not found:
+        check_choice("stages", name, [stage.name for stage in before])
+    return found[-1]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cacl._support.weights import check_can_be_saved
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import FORMATS, Dataset
-from cacl.errors import InputError
+from cacl.errors import InputError, InputTypeError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
@@ -34,8 +35,9 @@ from cacl.settings import (
     Weight,
 )  # fmt: skip
 from cacl.stages.cams import CAMs, cam_score, camnet, save_model
-from cacl.stages.stage import Context, Score, Stage
-from cacl.training import fit
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
+from cacl.training import RESERVED, fit
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Any]
 """``(images, cams, labels)`` -> a NamedTuple with a ``total``, as :meth:`cacl.CACLLoss.forward`; what it wants logged
@@ -108,21 +110,31 @@ def train_cacl(
     if isinstance(criterion, nn.Module):
         criterion.train()
         modules["criterion"] = criterion
-        if own := list(criterion.parameters()):
+        if own := [parameter for parameter in criterion.parameters() if parameter.requires_grad]:
             lr = settings.lr if settings.threshold_lr is None else settings.threshold_lr
             groups.append({"params": own, "lr": lr, "weight_decay": 0.0})
-    record: Callable[[], Mapping[str, Tensor]] = getattr(criterion, "record", dict)
+    record: Callable[[], Mapping[str, Any]] = getattr(criterion, "record", dict)
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         terms = criterion(batch.images, net(batch.images).cams, batch.labels)
-        if not hasattr(terms, "total") or not hasattr(terms, "_asdict"):
+        if not isinstance(getattr(terms, "total", None), Tensor) or not hasattr(terms, "_asdict"):
             raise InputError(
                 f"Expected argument `criterion` to return a NamedTuple with a `total`, but got {type(terms).__name__}."
             )
         others = {name: value for name, value in terms._asdict().items() if name != "total"}
-        return {"loss": terms.total, **others, **record()}
+        return {"loss": terms.total, **_logged({**others, **record()}, terms.total.device)}
 
     fit(step, modules, groups, dataset, settings, name="cacl", seed=seed, machine=machine, journal=journal)
+
+
+def _logged(values: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What a criterion wants logged, as tensors; refused where the log has another use for the name."""
+    if taken := [name for name in values if name in RESERVED]:
+        raise InputError(f"Expected argument `criterion` to log under other names than {taken[0]!r}.")
+    try:
+        return {name: torch.as_tensor(value, device=device) for name, value in values.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"Expected argument `criterion` to log tensors and numbers, but {first_line(error)}") from None
 
 
 def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
@@ -139,6 +151,11 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
     """The loss of a run, on its device."""
 
     def make() -> Criterion:
+        given: object = run.given_criterion
+        if isinstance(given, nn.Module):
+            check_can_be_saved("criterion", given)
+        if run.given_criterion is not None and not callable(given):
+            raise InputTypeError(f"Expected argument `criterion` to be callable, but got {type(given).__name__}.")
         if run.given_criterion is not None:
             return run.given_criterion
         suppression = BGSuppressionLoss(
@@ -174,15 +191,28 @@ def _run(run: Context, settings: CACL, folder: Path, journal: Journal) -> None:
 @contextmanager
 def _put_back(given: Criterion | None) -> Iterator[None]:
     """Leave a criterion that was given as it was, in state and mode; else it would be another one the next time."""
-    if not isinstance(given, nn.Module):
-        yield
-        return
-    state, mode = copy.deepcopy(given.state_dict()), given.training
+    modules = list(given.modules()) if isinstance(given, nn.Module) else []
+    before = [
+        (module, dict(vars(module)), dict(module._modules), _copies(module._parameters), _copies(module._buffers))
+        for module in modules
+    ]
     try:
         yield
     finally:
-        given.load_state_dict(state)
-        given.train(mode)
+        for module, attributes, children, parameters, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for name, value in parameters.items():
+                if (own := module._parameters[name]) is not None and value is not None:
+                    own.data = value
+
+
+def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.detach().clone() for name, value in tensors.items()}
 
 
 def _depends(run: Context, settings: CACL) -> tuple[object, ...]:

@@ -27,9 +27,10 @@ from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
 from cacl.mining import crf_labels, mine_labels
-from cacl.settings import CRF, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
+from cacl.settings import CRF, CAMNetwork, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
 from cacl.stages.cams import save_model
-from cacl.stages.stage import Context, Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
 from cacl.training import fit
 
 
@@ -265,6 +266,10 @@ def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=BACKGROUND_SCORE)
 
 
+def _depends(run: Context, settings: IRN) -> tuple[object, ...]:
+    return check_backend(run.machine.crf), run.table(CAMNetwork), run.identity("backbone")
+
+
 STAGE = Stage(
     "irn",
     IRN,
@@ -272,7 +277,7 @@ STAGE = Stage(
     title="IRNet",
     needs=("cams",),
     files=("labels",),
-    depends=lambda run, settings: (check_backend(run.machine.crf),),
+    depends=_depends,
     check=lambda run, settings: (check_backend(run.machine.crf), irnet(run)),
     scored_on="train",
     score=_score,

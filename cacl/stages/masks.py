@@ -24,7 +24,8 @@ from cacl.random_walk import propagate
 from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
 from cacl.stages.cams import cam_score
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
-from cacl.stages.stage import Context, Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
 
 
 class Walk(Table):

@@ -22,7 +22,8 @@ from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
 from cacl.photos import Photos, load_segmenter, segment_photos
 from cacl.settings import Machine, Mark
-from cacl.stages.stage import Context, Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
 
 
 class Predict(Photos):

@@ -22,7 +22,8 @@ from cacl.photos import save_segmenter
 from cacl.settings import BatchSize, CAMNetwork, Epochs, FileOrName, Machine, Schedule, Side, Switch, Training, Weight
 from cacl.stages.cams import camnet
 from cacl.stages.predict import Predict, evaluate_segmenter, trained_segmenter
-from cacl.stages.stage import Context, Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
 from cacl.training import fit
 
 
@@ -137,11 +138,6 @@ def _run(run: Context, settings: Segment, folder: Path, journal: Journal) -> Non
         save_segmenter(folder / "model.pt", net, run.train.classes, settings.backbone or of_camnet)
 
 
-def _depends(run: Context, settings: Segment) -> tuple[object, ...]:
-    trunk = () if settings.backbone else (run.table(CAMNetwork), run.identity("backbone"))
-    return (*trunk, run.key("cacl")) if settings.weights == "cacl" else trunk
-
-
 def _score(run: Context, settings: Segment, dataset: Dataset) -> Score:
     net = trained_segmenter(run)
     matrix, images = evaluate_segmenter(net, dataset, run.table(Predict), machine=run.machine, crf=False)
@@ -154,8 +150,11 @@ STAGE = Stage(
     run=_run,
     title="segmentation",
     needs=("masks",),
-    depends=_depends,
-    check=lambda run, settings: new_segmenter(run, settings, finished=run.finished("cacl")),
+    also_needs=lambda settings: ("cacl",) if settings.weights == "cacl" else (),
+    depends=lambda run, settings: () if settings.backbone else (run.table(CAMNetwork), run.identity("backbone")),
+    check=lambda run, settings: new_segmenter(
+        run, settings, finished=settings.weights == "cacl" and run.finished("cacl")
+    ),
     scored_on="segmented",
     score=_score,
     score_depends=lambda run, settings: (run.table(Predict).longest,),

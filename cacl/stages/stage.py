@@ -18,22 +18,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from cacl._support.identity import UnknownError, identity
 from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
-from cacl.log import Journal, Record
-from cacl.metrics import mean_iou
+from cacl.errors import InputError
+from cacl.log import Journal
 from cacl.settings import Machine, Table
+from cacl.stages.score import Score
 
 S = TypeVar("S", bound=Table)
 T = TypeVar("T", bound=Table)
@@ -67,6 +65,10 @@ class Context(Protocol):
         """The images that the segmenter makes masks for."""
 
     @property
+    def images(self) -> str:
+        """A hash of the images that are trained on, and of their labels."""
+
+    @property
     def encoder(self) -> ImageTextEncoder:
         """The image-text encoder, on the device."""
 
@@ -78,10 +80,7 @@ class Context(Protocol):
         """The settings of a kind: those of the table that has them, or the defaults."""
 
     def folder(self, stage: str) -> Path:
-        """The folder of a stage, or of the one that stands for it."""
-
-    def key(self, stage: str) -> str:
-        """The hash of everything that a stage's result follows from."""
+        """The folder of a stage, or of the last one before this that stands for it."""
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has finished with these settings."""
@@ -111,120 +110,6 @@ class Context(Protocol):
         has ended."""
 
 
-class Oracle(NamedTuple):
-    """The best background score, which nobody knows who has no masks."""
-
-    background_score: float
-    miou: float | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a stage's result scores: a mean IoU with everything that belongs beside it."""
-
-    what: str
-    """What was evaluated."""
-    miou: float | None
-    """Mean IoU in [0, 1]; None where no pixel counts."""
-    iou: Mapping[str, float]
-    """Class, the background among them -> IoU, of those that occur."""
-    images: int
-    crf: bool = False
-    background_score: float | None = None
-    oracle: Oracle | None = None
-    walk: Score | None = None
-    """What it was before its last step."""
-    split: str = ""
-    stage: str = ""
-
-    @classmethod
-    def of(
-        cls,
-        what: str,
-        iou: NDArray[np.float64],
-        classes: Sequence[str],
-        images: int,
-        *,
-        crf: bool = False,
-        background_score: float | None = None,
-        oracle: Oracle | None = None,
-        walk: Score | None = None,
-    ) -> Score:
-        """From the IoU of background and classes, NaN for what does not occur."""
-        named = zip(("background", *classes), iou.tolist(), strict=True)
-        known = {name: round(value, 6) for name, value in named if value == value}
-        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, oracle, walk)
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any]) -> Score:
-        """What :meth:`record` gave.
-
-        Raises:
-            LookupError: if it is something else; as TypeError, ValueError and AttributeError.
-        """
-        iou, walk = record.get("iou", {}), record.get("walk")
-        numbers = [record["images"], record.get("background_score", 0), *iou.values()]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError("expected numbers")
-        score = cls(
-            str(record["what"]), record["miou"], iou, record["images"], bool(record["crf"]),
-            record.get("background_score"), _oracle(record), split=str(record.get("split", "")),
-        )  # fmt: skip
-        if walk:
-            before = replace(
-                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_oracle(walk)
-            )
-            score = replace(score, walk=before)
-        str(score)
-        return score
-
-    def record(self) -> Record:
-        """As it stands in ``metrics.json``."""
-        record: Record = {"what": self.what, "background_score": self.background_score, "crf": self.crf}
-        record |= {"images": self.images, "miou": self.miou, "iou": dict(self.iou)}
-        if self.walk is not None:
-            record["walk"] = {"miou": self.walk.miou, "oracle": self.walk.oracle and self.walk.oracle._asdict()}
-        record["oracle"] = self.oracle and self.oracle._asdict()
-        record["split"] = self.split
-        return {key: value for key, value in record.items() if value is not None or key == "miou"}
-
-    @property
-    def settings(self) -> str:
-        """How the masks were made."""
-        score = "" if self.background_score is None else f"background score {self.background_score:g}, "
-        return f"{score}{'CRF' if self.crf else 'no CRF'}"
-
-    @property
-    def conditions(self) -> str:
-        """What the number needs beside it."""
-        return f"{self.split}, {self.images} images, {self.settings}"
-
-    def __str__(self) -> str:
-        """In one line."""
-        score = "" if self.background_score is None else f", background score {self.background_score}"
-        line = f"{self.what} mIoU {_percent(self.miou)} ({self.split}, {self.images} images{score}"
-        line += ", CRF" if self.crf else ", no CRF"
-        if self.walk:
-            line += f"; the {self.walk.what} {_percent(self.walk.miou)}"
-        if oracle := self.oracle or (self.walk and self.walk.oracle):
-            line += f"; oracle {_percent(oracle.miou)} at {oracle.background_score}"
-        return line + ")"
-
-
-def rounded(miou: float) -> float | None:
-    """A mean IoU as it stands in ``metrics.json``; None where no pixel counts, as all of them are ignored."""
-    return round(miou, 6) if miou == miou else None
-
-
-def _percent(miou: float | None) -> str:
-    return "of no pixel" if miou is None else f"{100 * miou:.1f} %"
-
-
-def _oracle(record: Mapping[str, Any]) -> Oracle | None:
-    oracle = record.get("oracle")
-    return Oracle(oracle["background_score"], oracle["miou"]) if oracle else None
-
-
 def _nothing(run: Context, settings: Any) -> Sequence[object]:
     return ()
 
@@ -241,12 +126,14 @@ class Stage(Generic[S]):
     """Does it, on all processes: run, settings, the stage's folder, and what a training leaves of itself."""
     needs: tuple[str, ...] = ()
     """The stages whose results it reads; they come before it in the chain, or others that stand for them."""
+    also_needs: Callable[[S], Sequence[str]] = lambda settings: ()
+    """The stages that it needs with some settings only."""
     title: str = ""
     """What people call it."""
     files: tuple[str, ...] = ()
     """Folders in its own that hold a file an image; they are removed when it is done anew."""
     stands_for: tuple[str, ...] = ()
-    """Stages that it takes the place of, for those that need them."""
+    """Stages that it takes the place of, for those after it: in their stead, or between them and whoever needs them."""
     uses: tuple[str, ...] = ()
     """What it takes from :meth:`Context.shared`, and ``"encoder"``: freed when nobody who uses it is left."""
     depends: Callable[[Context, S], Sequence[object]] = _nothing
@@ -267,14 +154,18 @@ class Stage(Generic[S]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
+        for name in ("needs", "files", "stands_for", "uses"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
     def key(self, run: Context, settings: S, needed: Sequence[str]) -> str:
         """A hash of everything that its result follows from, ``needed`` being the keys of the stages that it needs.
 
         Settings at their defaults are left out, so that a new one changes no key.
         """
-        own = [self.name, self.version, settings.differing(), self.depends(run, settings)]
-        return hash_of(*own, run.seed, run.machine.precision, needed)
+        own = [self.name, self.version, _origin(self.run), _origin(self.settings)]
+        own += [settings.differing(), self.depends(run, settings)]
+        return hash_of(*own, run.images, run.seed, run.machine.precision, needed)
 
     def score_key(self, run: Context, settings: S, key: str, *rest: object) -> str:
         """A hash of everything that its score follows from."""
@@ -282,9 +173,26 @@ class Stage(Generic[S]):
 
 
 def hash_of(*parts: object) -> str:
-    """A short hash of plain values and tables."""
+    """A short hash of values, and of tables by what differs from their defaults.
 
-    def plain(value: object) -> object:
-        return value.differing() if isinstance(value, Table) else repr(value)
+    Raises:
+        ValueError: if a value cannot be told from another.
+    """
+    try:
+        return identity(_plain(parts))[:16]
+    except UnknownError as error:
+        raise InputError(f"Expected `depends` of a stage to give values that can be told apart, but {error}") from None
 
-    return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()[:16]
+
+def _plain(value: object) -> object:
+    if isinstance(value, Table):
+        return _plain(value.differing())
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in sorted(value.items(), key=lambda item: str(item[0]))}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _origin(thing: Any) -> str:
+    """Where something from outside comes from; what is this package's own is known by its stage's version."""
+    module = getattr(thing, "__module__", "")
+    return "" if module.partition(".")[0] == "cacl" else f"{module}.{getattr(thing, '__qualname__', '')}"

@@ -14,7 +14,8 @@ from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.settings import CAMNetwork, Epochs, Machine, Schedule, Training, Weight
 from cacl.stages.cams import CAMs, cam_score, camnet, save_model
-from cacl.stages.stage import Context, Score, Stage
+from cacl.stages.score import Score
+from cacl.stages.stage import Context, Stage
 from cacl.training import fit
 
 
@@ -75,7 +76,7 @@ STAGE = Stage(
     Warmup,
     run=_run,
     title="warm-up",
-    depends=lambda run, settings: (run.table(CAMNetwork), run.identity("backbone"), run.train.fingerprint()),
+    depends=lambda run, settings: (run.table(CAMNetwork), run.identity("backbone")),
     check=lambda run, settings: camnet(run),
     scored_on="eval",
     score=_score,

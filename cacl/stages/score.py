@@ -1,0 +1,127 @@
+"""What a result scores: a mean IoU with everything that belongs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacl.log import Record
+from cacl.metrics import mean_iou
+
+
+class Oracle(NamedTuple):
+    """The best background score, which nobody knows who has no masks."""
+
+    background_score: float
+    miou: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a stage's result scores: a mean IoU with everything that belongs beside it."""
+
+    what: str
+    """What was evaluated."""
+    miou: float | None
+    """Mean IoU in [0, 1]; None where no pixel counts."""
+    iou: Mapping[str, float]
+    """Class, the background among them -> IoU, of those that occur."""
+    images: int
+    crf: bool = False
+    background_score: float | None = None
+    oracle: Oracle | None = None
+    walk: Score | None = None
+    """What it was before its last step."""
+    split: str = ""
+    stage: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        iou: NDArray[np.float64],
+        classes: Sequence[str],
+        images: int,
+        *,
+        crf: bool = False,
+        background_score: float | None = None,
+        oracle: Oracle | None = None,
+        walk: Score | None = None,
+    ) -> Score:
+        """From the IoU of background and classes, NaN for what does not occur."""
+        named = zip(("background", *classes), iou.tolist(), strict=True)
+        known = {name: round(value, 6) for name, value in named if value == value}
+        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, oracle, walk)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Score:
+        """What :meth:`record` gave.
+
+        Raises:
+            LookupError: if it is something else; as TypeError, ValueError and AttributeError.
+        """
+        iou, walk = record.get("iou", {}), record.get("walk")
+        numbers = [record["images"], record.get("background_score", 0), *iou.values()]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("expected numbers")
+        score = cls(
+            str(record["what"]), record["miou"], iou, record["images"], bool(record["crf"]),
+            record.get("background_score"), _oracle(record), split=str(record.get("split", "")),
+        )  # fmt: skip
+        if walk:
+            before = replace(
+                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_oracle(walk)
+            )
+            score = replace(score, walk=before)
+        str(score)
+        return score
+
+    def record(self) -> Record:
+        """As it stands in ``metrics.json``."""
+        record: Record = {"what": self.what, "background_score": self.background_score, "crf": self.crf}
+        record |= {"images": self.images, "miou": self.miou, "iou": dict(self.iou)}
+        if self.walk is not None:
+            record["walk"] = {"miou": self.walk.miou, "oracle": self.walk.oracle and self.walk.oracle._asdict()}
+        record["oracle"] = self.oracle and self.oracle._asdict()
+        record["split"] = self.split
+        return {key: value for key, value in record.items() if value is not None or key == "miou"}
+
+    @property
+    def settings(self) -> str:
+        """How the masks were made."""
+        score = "" if self.background_score is None else f"background score {self.background_score:g}, "
+        return f"{score}{'CRF' if self.crf else 'no CRF'}"
+
+    @property
+    def conditions(self) -> str:
+        """What the number needs beside it."""
+        return f"{self.split}, {self.images} images, {self.settings}"
+
+    def __str__(self) -> str:
+        """In one line."""
+        score = "" if self.background_score is None else f", background score {self.background_score}"
+        line = f"{self.what} mIoU {_percent(self.miou)} ({self.split}, {self.images} images{score}"
+        line += ", CRF" if self.crf else ", no CRF"
+        if self.walk:
+            line += f"; the {self.walk.what} {_percent(self.walk.miou)}"
+        if oracle := self.oracle or (self.walk and self.walk.oracle):
+            line += f"; oracle {_percent(oracle.miou)} at {oracle.background_score}"
+        return line + ")"
+
+
+def rounded(miou: float) -> float | None:
+    """A mean IoU as it stands in ``metrics.json``; None where no pixel counts, as all of them are ignored."""
+    return round(miou, 6) if miou == miou else None
+
+
+def _percent(miou: float | None) -> str:
+    return "of no pixel" if miou is None else f"{100 * miou:.1f} %"
+
+
+def _oracle(record: Mapping[str, Any]) -> Oracle | None:
+    oracle = record.get("oracle")
+    return Oracle(oracle["background_score"], oracle["miou"]) if oracle else None
