@@ -108,6 +108,8 @@ def test_another_object_is_another(one, another):
         Plain,
         TinyEncoder,
         lambda: Extra({"version": 1}),
+        lambda: torch.jit.trace(TinyBackbone().eval(), torch.zeros(1, 3, 16, 16)),
+        lambda: Plain(table=torch.ones(1, dtype=torch.cfloat).imag),
         lambda: nn.utils.weight_norm(nn.Linear(2, 2)),
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
         lambda: Plain(table=threading.Lock()),

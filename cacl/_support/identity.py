@@ -6,6 +6,7 @@ import copyreg
 import enum
 import hashlib
 import logging
+import re
 import threading
 import types
 from collections import OrderedDict, deque
@@ -111,7 +112,8 @@ class _Looking:
             for number, each in enumerate(value):
                 yield from self.parts(each, f"{place}[{number}]")
         else:
-            own = _attributes(value)
+            scripted = isinstance(value, torch.jit.ScriptModule)
+            own = _scripted(value) if scripted else _attributes(value)
             if own is None:
                 own = self._reduced(value, place)
             for name, each in own.items():
@@ -123,7 +125,7 @@ class _Looking:
             raise UnknownError(f"`{place}` is a tensor without values of its own")
         learns = self.trained and value.requires_grad and value.is_leaf
         yield f"tensor {value.dtype} {tuple(value.shape)} {learns}".encode()
-        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        plain = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())  # no view of anything
         yield plain.reshape(-1).view(torch.uint8).numpy().data
 
     def _function(self, value: types.FunctionType, place: str) -> Iterator[bytes | memoryview]:
@@ -163,8 +165,7 @@ def _is_container(value: object) -> bool:
 def _uncompiled(value: Any) -> Any:
     """What :func:`torch.compile` was given."""
     if isinstance(value, nn.Module):
-        original = value._modules.get("_orig_mod")
-        return value if original is None else original
+        return value._modules["_orig_mod"] if "_orig_mod" in value._modules else value  # noqa: SIM401, no dict in TorchScript
     return value
 
 
@@ -187,6 +188,11 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     else:
         own |= getattr(value, "__dict__", {})
     return dict(sorted(own.items()))
+
+
+def _scripted(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """TorchScript is its graph and its tensors; the names that torch makes up for its classes are its own."""
+    return {"graph": re.sub(r"___torch_mangle_\d+", "", str(module.inlined_graph)), **module.state_dict()}
 
 
 def _hides(kind: type) -> bool:
