@@ -192,7 +192,7 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 def _scripted(module: torch.jit.ScriptModule) -> dict[str, Any]:
     """TorchScript is its graph and its tensors; the names that torch makes up for its classes are its own."""
-    return {"graph": re.sub(r"___torch_mangle_\d+", "", str(module.inlined_graph)), **module.state_dict()}
+    return {"graph": re.sub(r"\.___torch_mangle_\d+", "", str(module.inlined_graph)), **module.state_dict()}
 
 
 def _hides(kind: type) -> bool:
