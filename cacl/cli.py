@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--tables", default="4,5,6,7,8", metavar="A,B", help="4, 5, 6, 7, 8, theta (default: 4,5,6,7,8)"
     )
-    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a variant (default: 3)")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a variant (default: %(default)s)")
     ablate.set_defaults(command=_ablate)
 
     check = commands.add_parser(
