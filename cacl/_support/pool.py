@@ -190,8 +190,8 @@ class _Context(SpawnContext):
         super().__init__()
         self.needs_main = needs_main
 
-    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
-        process = _Process(*args, **kwargs)
+    def Process(self, *args: Any, **kwargs: object) -> SpawnProcess:  # type: ignore[override]
+        process = _Process(*args, **kwargs)  # type: ignore[arg-type]
         process.needs_main = self.needs_main
         return process
 
