@@ -194,5 +194,5 @@ def _plain(value: object) -> object:
 
 def _origin(thing: Any) -> str:
     """Where something from outside comes from; what is this package's own is known by its stage's version."""
-    module = getattr(thing, "__module__", "")
+    module = getattr(thing, "__module__", None) or ""  # of code that is executed as a text it is None
     return "" if module.partition(".")[0] == "cacl" else f"{module}.{getattr(thing, '__qualname__', '')}"
