@@ -127,7 +127,7 @@ def _walk(session: Session, wanted: Chain, *, resume: bool) -> Iterator[tuple[St
     """Each wanted stage, what becomes of it, and the stage that it lacks: one that is not finished, or will not be."""
     ready: set[str] = set()
     again = False  # from the first stage on that is done anew, nothing of those after it stays
-    for stage in session.chain:
+    for stage in _until(session, wanted):
         state = session.files.state(stage.name)
         known = bool(state) and not again and state.key == _planned_key(session, stage)
         if stage not in wanted:
@@ -141,6 +141,11 @@ def _walk(session: Session, wanted: Chain, *, resume: bool) -> Iterator[tuple[St
         if not missing:
             again = again or not (known and resume)
             ready.add(stage.name)
+
+
+def _until(session: Session, wanted: Chain) -> Chain:
+    """The stages up to the last wanted one; nothing is asked of those after it."""
+    return session.chain[: 1 + max((session.chain.index(stage) for stage in wanted), default=-1)]
 
 
 def _configuration(config: Config | str | PathLike[str], chain: Chain) -> Config:
@@ -193,8 +198,7 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
         _ = session.datasets
     _ = session.fingerprints
     # Of rank 0: a file may have another time on another machine.
-    last = max((session.chain.index(stage) for stage in wanted), default=-1)
-    until = session.chain[: last + 1]
+    until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
     with barrier():
         _check_settings(session, wanted, resume=resume)
