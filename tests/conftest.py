@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import signal
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of several processes, and what it starts, keeps to its core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -28,6 +28,7 @@ from cacl.log import Log
 from cacl.pictures import overlay
 from cacl.predict import predict
 from cacl.runs.session import Session
+from cacl.stages.chain import CHAIN
 
 SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",
@@ -36,6 +37,8 @@ SETTINGS = [
     "irn.epochs=2", "irn.batch_size=3", "irn.crop=32", "irn.lr=0.01", "irn.radius=4",
     "segment.epochs=2", "segment.batch_size=3", "segment.crop=32", "segment.lr=0.001", "segment.backbone=",
 ]  # fmt: skip
+STAGES = [stage.name for stage in CHAIN]
+"""Without the report, which takes longer than all of them: where a test looks at it, stages are None."""
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def configure(root, out, *more):
 
 
 def run(root, out, *more, **arguments):
-    arguments = {"encoder": TinyEncoder(), "backbone": TinyBackbone(), **arguments}
+    arguments = {"encoder": TinyEncoder(), "backbone": TinyBackbone(), "stages": STAGES, **arguments}
     return pipeline.run(configure(root, out, *more), **arguments)
 
 
@@ -71,7 +74,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
-    result = run(root, tmp_path / "out")
+    result = run(root, tmp_path / "out", stages=None)
     names = set(files(result.out))
     assert names == {
         "config.toml", "data.json", "log.jsonl", "metrics.json",
@@ -122,7 +125,7 @@ def test_the_models_are_left_alone_and_the_seed_decides(root, tmp_path):
     backbone, encoder = TinyBackbone(), TinyEncoder()
     before = backbone.conv.weight.clone()
     state = torch.get_rng_state()
-    first = pipeline.run(configure(root, tmp_path / "a"), encoder=encoder, backbone=backbone)
+    first = pipeline.run(configure(root, tmp_path / "a"), encoder=encoder, backbone=backbone, stages=STAGES)
     assert torch.equal(backbone.conv.weight, before)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
@@ -683,9 +686,9 @@ def test_another_format_of_data_is_one_line(root, tmp_path, monkeypatch):
 
 def test_colours_for_people_are_not_those_in_files(root, tmp_path, monkeypatch):
     colours = np.roll(VOC_COLOURS, 7, 0)
-    plain = run(root, tmp_path / "plain")
+    plain = run(root, tmp_path / "plain", stages=None)
     monkeypatch.setattr("cacl.pictures.COLOURS", colours)
-    other = run(root, tmp_path / "other")
+    other = run(root, tmp_path / "other", stages=None)
     one, two = files(plain.out), files(other.out)
     changed = {name for name in one if one[name] != two[name]}
     assert changed == {"report/cams.png", "report/masks.png", "report/segmentation.png"}
