@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cacl._support.checks import check_choice
 from cacl._support.files import replacing
+from cacl._support.pillow import orientation
 from cacl._support.pool import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
@@ -123,7 +124,7 @@ def _check(path: Path, photo: Path) -> tuple[list[str], bytes]:
     size = None
     try:
         with open_image(photo) as file:  # the header only
-            sideways = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            sideways = orientation(file) in (5, 6, 7, 8)
             size = file.size[::-1] if sideways else file.size
     except InputError as error:
         problems.append(str(error))

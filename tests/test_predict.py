@@ -50,7 +50,7 @@ def photos(tmp_path):
     add("print.jpeg", colour.convert("CMYK"))
     add("deep.png", Image.fromarray(rng.integers(0, 65536, (50, 60), dtype=np.uint16)))
     add("bits.bmp", colour.convert("1"))
-    add("float.tiff", Image.fromarray(rng.random((50, 60), dtype=np.float32) * 255))
+    add("float.tiff", Image.fromarray(rng.random((50, 60), dtype=np.float32)))
     add("web.webp", colour)
     add("one.png", colour.resize((1, 1)), (1, 1))
     add("strip.png", colour.resize((200, 1)), (1, 200))
