@@ -13,6 +13,8 @@ from cacl.errors import shown
 
 _LITTER = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found"}
 """What systems leave in folders, in small letters."""
+_IMAGES = {".heic", ".heif", ".jxl", ".svg", ".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"}
+"""Endings of images that Pillow reads nowhere, or not all of; others the system may know."""
 
 
 class Found(NamedTuple):
@@ -49,6 +51,11 @@ def is_litter(name: str, *, folder: bool) -> bool:
     return hidden or name.lower() in _LITTER
 
 
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder that a pattern such as ``*.png`` fits, without what systems leave behind."""
+    return sorted(path for path in folder.glob(pattern) if not is_litter(path.name, folder=False))
+
+
 def photo_stem(path: Path) -> Path:
     """A path without the ending, where it is that of a format; ``frame.0001`` has none."""
     return path.with_suffix("") if path.suffix.lower() in endings() else path
@@ -83,10 +90,10 @@ def _files(root: Path, problems: list[str]) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     """Whether a file without a known ending is an image all the same, by its name or its content."""
-    kind = mimetypes.guess_type(path.name)[0]
-    if kind is not None:
-        return kind.startswith("image/")
-    return _decodes(path)
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    if path.suffix.lower() in _IMAGES or kind.startswith("image/"):
+        return True
+    return not kind and _decodes(path)
 
 
 def _decodes(path: Path) -> bool:
@@ -101,5 +108,5 @@ def _decodes(path: Path) -> bool:
 
 def _why(path: Path) -> str:
     if _decodes(path):
-        return "its ending is that of no format; name the file itself"
-    return f"Pillow reads no {path.suffix.lower()} here; convert it"
+        return "its ending is that of no format; rename it, or name the file itself"
+    return f"Pillow does not read {path.suffix.lower()} here; convert it"

@@ -149,9 +149,7 @@ def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tupl
             problems += there.problems
             others += there.others
             if not photos:
-                reason = (
-                    f"besides those in `out`, {out}" if there.photos else "by the endings of formats that Pillow reads"
-                )
+                reason = f"besides those in `out`, {out}" if there.photos else "(by the endings that Pillow knows)"
                 problems.append(f"{shown(path)}: no photos here {reason}")
             for photo in photos:
                 found.setdefault(_real(photo), (photo, photo.relative_to(path)))

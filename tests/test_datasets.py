@@ -63,7 +63,7 @@ def test_palette_mask_keeps_its_values(tmp_path):
     mask.putpalette([*range(256)] * 3)
     mask.save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == values.tolist()
-    gradient("RGB").save(tmp_path / "rgb.png")
+    Image.new("RGB", (4, 4), (128, 0, 0)).save(tmp_path / "rgb.png")
     with pytest.raises(ValueError, match=r"rgb.png: expected a palette or grey mask, but got mode RGB"):
         read_mask(tmp_path / "rgb.png")
 

@@ -27,7 +27,10 @@ def endings() -> frozenset[str]:
 def opened(path: Path) -> Image.Image:
     """A file that Pillow opens; its errors are of many kinds."""
     try:
-        return Image.open(path, formats=formats())
+        image = Image.open(path, formats=formats())
+        # With a name Pillow maps files of plain pixels, and garbles those of a TIFF that is to be turned by a quarter.
+        image.filename = ""
+        return image
     except Image.DecompressionBombError:
         raise
     except Exception as error:
