@@ -48,13 +48,16 @@ class Photos(CRF):
     """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
 
 
-class Segmenter(NamedTuple):
-    """A trained network and what its classes are called."""
-
+class _Pair(NamedTuple):
     net: DeepLabV2
     classes: tuple[str, ...]
     """Without the background; the first has mask value 1."""
-    range: Range | None = None
+
+
+class Segmenter(_Pair):
+    """A trained network and what its classes are called, ``net`` and ``classes``."""
+
+    range: Range | None = None  # beside the pair, which scripts unpack
     """What the values of the deep images spanned that it was trained on; by their type if None."""
 
 
@@ -89,8 +92,10 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
     with torch.random.fork_rng(devices=[]):
         net = DeepLabV2(len(classes) + 1, backbone=str(name) if name or backbone is None else backbone, weights=None)
     load_weights(net, weights, path)
-    span = state.get("range")
-    return Segmenter(net.eval(), classes, None if span is None else check_range(span, f"{path}: range: "))
+    segmenter = Segmenter(net.eval(), classes)
+    if (span := state.get("range")) is not None:
+        segmenter.range = check_range(span, f"{path}: range: ")
+    return segmenter
 
 
 def segment_photos(
