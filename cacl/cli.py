@@ -128,6 +128,7 @@ def _predict(options: argparse.Namespace) -> int:
         overlays=options.overlay,
         crf=not options.no_crf,
         longest=options.longest,
+        range=options.range,
         device=options.device,
         workers=options.workers,
         progress=options.progress,
@@ -137,7 +138,8 @@ def _predict(options: argparse.Namespace) -> int:
     names = ", ".join(f"{k} {shown(name)}" for k, name in enumerate(made.classes, start=1))
     print(f"mask values: 0 background, {names}")
     count = len(made.masks)
-    print(f"{count} mask{'' if count == 1 else 's'} in {options.out}, {len(made.problems)} left out")
+    no_photos = f"; {len(made.others)} other files, such as {shown(made.others[0].name)}" if made.others else ""
+    print(f"{count} mask{'' if count == 1 else 's'} in {options.out}, {len(made.problems)} left out{no_photos}")
     return 2 if made.problems else 0
 
 
@@ -191,12 +193,14 @@ def _check(options: argparse.Namespace) -> int:
 
     path = Path(options.path)
     if path.is_dir():
-        problems = datasets.check_folder(path, progress=options.progress)
+        problems = datasets.check_folder(path, range=options.range, progress=options.progress)
     else:
         config = Config.load(options.path, options.set, chain=_chain(options))
         data = config.data
         splits = list(dict.fromkeys(s for s in (data.train, data.eval, config.segmented_split) if s))
-        problems = datasets.check_folder(data.root, format=data.format, splits=splits, progress=options.progress)
+        problems = datasets.check_folder(
+            data.root, format=data.format, splits=splits, range=options.range or data.range, progress=options.progress
+        )
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems")
@@ -279,6 +283,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--no-progress", action="store_false", dest="progress", help="no progress bars, not on a terminal either"
         )
+    for command in (check, predict):
+        command.add_argument(
+            "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="what the values of deep images span"
+            " (default: that of the data set or the segmenter, or by their type)",
+        )  # fmt: skip
     for command in (run, ablate, check):
         command.add_argument(
             "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"

@@ -28,7 +28,8 @@ def export_segmenter(segmenter: Segmenter, out: Path) -> Path:
 
     The graph takes a photo, ``(1, 3, H, W)`` uint8 RGB of any size from 32 × 32 on, and gives the probabilities of
     the classes, ``(1, C, H, W)`` float32: what ``DeepLabV2.predict(normalize(photo)[None])`` gives. It is made for
-    the CPU and can be moved. It does not scale down large photos, as ``cacl predict`` does to 1024 pixels.
+    the CPU and can be moved. It does not scale down large photos, as ``cacl predict`` does to 1024 pixels, nor map
+    photos of more than 8 bits to them, as :func:`cacl.images.read_image` does with the segmenter's ``range``.
 
     With ``.pt2`` (torch promises to read it with the version that wrote it; others may):
 

@@ -23,7 +23,7 @@ from cacl.constants import IGNORE
 from cacl.crf import dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError
-from cacl.images import Mask, Pixels, read_image
+from cacl.images import Mask, Pixels, Range, check_range, read_image
 from cacl.settings import CRF, CRFArguments, Machine, Sigma, Weight
 from cacl.transforms import normalize
 
@@ -48,17 +48,25 @@ class Photos(CRF):
     """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
 
 
-class Segmenter(NamedTuple):
-    """A trained network and what its classes are called."""
-
+class _Pair(NamedTuple):
     net: DeepLabV2
     classes: tuple[str, ...]
     """Without the background; the first has mask value 1."""
 
 
-def save_segmenter(path: Path, net: DeepLabV2, classes: Sequence[str], backbone: str) -> None:
+class Segmenter(_Pair):
+    """A trained network and what its classes are called, ``net`` and ``classes``."""
+
+    range: Range | None = None  # beside the pair, which scripts unpack
+    """What the values of the deep images spanned that it was trained on; by their type if None."""
+
+
+def save_segmenter(
+    path: Path, net: DeepLabV2, classes: Sequence[str], backbone: str, range: Range | None = None
+) -> None:
     """Write a file that :func:`load_segmenter` reads; ``backbone`` is its name, or empty for a module of one's own."""
-    save_state(path, {"classes": list(classes), "backbone": backbone, "weights": net.state_dict()})
+    state = {"classes": list(classes), "backbone": backbone, "weights": net.state_dict()}
+    save_state(path, state if range is None else {**state, "range": list(range)})
 
 
 def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmenter:
@@ -84,7 +92,10 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
     with torch.random.fork_rng(devices=[]):
         net = DeepLabV2(len(classes) + 1, backbone=str(name) if name or backbone is None else backbone, weights=None)
     load_weights(net, weights, path)
-    return Segmenter(net.eval(), classes)
+    segmenter = Segmenter(net.eval(), classes)
+    if (span := state.get("range")) is not None:
+        segmenter.range = check_range(span, f"{path}: range: ")
+    return segmenter
 
 
 def segment_photos(
@@ -94,6 +105,7 @@ def segment_photos(
     settings: Photos = Photos(),
     *,
     crf: bool = True,
+    range: Range | None = None,
     machine: Machine = Machine(),
     desc: str = "predict",
 ) -> Iterator[tuple[int, R | InputError]]:
@@ -109,6 +121,7 @@ def segment_photos(
             ``(H, W)`` at the photo's own size: 0, or class + 1. It can be pickled, as can what it returns.
         settings: how large photos are seen, and the CRF.
         crf: draw the masks to the edges of the photo.
+        range: what the values of deep photos span (see :func:`cacl.images.read_image`); by their type if None.
         machine: where ``net`` is; with 0 or 1 workers everything happens in this process.
         desc: title of the progress bar.
 
@@ -116,14 +129,16 @@ def segment_photos(
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
     arguments = settings.arguments(machine) if crf and settings.iterations else None
-    reading, finishing = _Reading(photos, settings.longest), _Finishing(finish, arguments)
+    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(machine.device).type == "cpu":
         workers = machine.workers
         if workers > 1 and not can_be_sent(net):
             logger.info("%s: in one process, as the network's backbone cannot be sent to others", desc)
             workers = 0
-        results = map_processes(_Whole(net, reading, finishing), range(len(photos)), workers=workers)
+        results = map_processes(
+            _Whole(net, reading, finishing), [index for index, _ in enumerate(photos)], workers=workers
+        )
     else:
         loader = DataLoader(
             reading,
@@ -154,15 +169,15 @@ class _Logits(NamedTuple):
 class _Reading(torch.utils.data.Dataset[Any]):
     """index -> photo, or why it could not be read."""
 
-    def __init__(self, photos: Sequence[Path], longest: int) -> None:
-        self.photos, self.longest = list(photos), longest
+    def __init__(self, photos: Sequence[Path], longest: int, range: Range | None) -> None:
+        self.photos, self.longest, self.range = list(photos), longest, range
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, index: int) -> tuple[int, _Photo | InputError]:
         try:
-            image = read_image(self.photos[index])
+            image = read_image(self.photos[index], self.range)
         except InputError as error:
             return index, error
         height, width = image.shape[-2:]

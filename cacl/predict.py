@@ -21,15 +21,13 @@ from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.crf import Backend, check_backend
 from cacl.errors import InputError, shown
-from cacl.images import Mask, Pixels
+from cacl.folders import find_photos, photo_stem
+from cacl.images import Mask, Pixels, Range, check_range
 from cacl.photos import Photos, Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine
 from cacl.stages.predict import Predict
-
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Files of a folder that count as photos; a file that is named itself may end in anything."""
 
 
 class Predicted(NamedTuple):
@@ -39,7 +37,9 @@ class Predicted(NamedTuple):
     """What the mask values from 1 on mean."""
     masks: list[Path]
     problems: list[str]
-    """A line for each photo that could not be read."""
+    """A line for each photo that could not be read, and each image that was left out."""
+    others: list[Path]
+    """Files of the folders that are no photos, such as texts."""
 
 
 def predict(
@@ -50,6 +50,7 @@ def predict(
     overlays: bool = False,
     crf: bool = True,
     longest: int | None = None,
+    range: Range | None = None,
     device: str = "auto",
     workers: int | None = None,
     backend: Backend = "auto",
@@ -63,11 +64,14 @@ def predict(
 
     Args:
         model: a run folder, or the ``segment/model.pt`` of one.
-        photos: files of any size and mode, and folders, which are searched for :data:`ENDINGS`.
+        photos: files of any size and mode, and folders, which are searched for photos, see
+            :func:`cacl.folders.find_photos`; a file that is named itself may end in anything.
         out: folder of the masks.
         overlays: write ``out/overlays/<name>.jpg`` too: the mask over the photo, with a legend.
         crf: draw the masks to the edges of the photo, with the settings of ``[predict]`` of a run, or its defaults.
         longest: in pixels; larger photos are scaled down to it for network and CRF; None for that of ``[predict]``.
+        range: what the values of deep photos span (see :func:`cacl.images.read_image`); None for that of the images
+            that the segmenter was trained on.
         device: a torch device; ``"auto"`` takes a GPU if there is one.
         workers: number of processes, at most one a core; one a core if None.
         backend: of the CRF.
@@ -83,7 +87,7 @@ def predict(
     segmenter, table = open_model(model, backbone=backbone)
     place = find_device(device, "device")
     out = Path(out)
-    found, problems = _find(photos, out)
+    found, problems, others = _find(photos, out)
     names = _names(found)
     targets = [out / f"{name}.png" for name in names]
     known = {_real(photo): photo for photo, _ in found}
@@ -101,6 +105,7 @@ def predict(
         _Writing(targets, pictures, segmenter.classes),
         table if longest is None else table.model_copy(update={"longest": longest}),
         crf=crf,
+        range=segmenter.range if range is None else check_range(range, "range: "),
         machine=Machine(
             device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
         ),
@@ -111,7 +116,7 @@ def predict(
             problems.append(str(result))
         else:
             made.append(targets[index])
-    return Predicted(segmenter.classes, made, problems)
+    return Predicted(segmenter.classes, made, problems, others)
 
 
 def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Photos]:
@@ -131,18 +136,20 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
     return load_segmenter(stage / "model.pt", backbone=backbone), Config.table_of_run(path, "predict", Predict)
 
 
-def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Photos with their paths below what was named, each once; and a line for what is not there."""
+def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str], list[Path]]:
+    """Photos with their paths below what was named, each once; a line for what is left out; and the other files."""
     found: dict[Path, tuple[Path, Path]] = {}
-    problems = []
+    problems: list[str] = []
+    others: list[Path] = []
     for path in map(Path, paths):
         if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-            inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+            there = find_photos(path)
             # What an earlier call made in this very folder is no photo.
-            every = [p for p in sorted(inside) if p.suffix.lower() in ENDINGS]
-            photos = [p for p in every if not _real(p).is_relative_to(_real(out))]
+            photos = [p for p in there.photos if not _real(p).is_relative_to(_real(out))]
+            problems += there.problems
+            others += there.others
             if not photos:
-                reason = f"besides those in `out`, {out}" if every else f"(files that end in {', '.join(ENDINGS)})"
+                reason = f"besides those in `out`, {out}" if there.photos else "(by the endings that Pillow knows)"
                 problems.append(f"{shown(path)}: no photos here {reason}")
             for photo in photos:
                 found.setdefault(_real(photo), (photo, photo.relative_to(path)))
@@ -152,7 +159,7 @@ def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tupl
             problems.append(f"{shown(path)}: no such file or folder")
     if not found:
         raise InputError("\n".join(problems) or "Expected photos, but none was named.")
-    return list(found.values()), problems
+    return list(found.values()), problems, others
 
 
 def _real(path: Path) -> Path:
@@ -162,7 +169,7 @@ def _real(path: Path) -> Path:
 
 def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
     """What each photo's files are called: without its ending, as long as it is the only one of that name."""
-    names = [name.with_suffix("") for _, name in found]
+    names = [photo_stem(name) for _, name in found]
     times = Counter(names)
     names = [short if times[short] == 1 else name for short, (_, name) in zip(names, found, strict=True)]
     if again := [name for name, count in Counter(names).items() if count > 1]:

@@ -22,6 +22,7 @@ from pydantic import (
 from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, check_backend
 from cacl.datasets.formats import check_format
 from cacl.errors import quoted
+from cacl.images import check_range
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 
@@ -38,6 +39,7 @@ BatchSize = Annotated[int, Field(ge=1, le=2**16, strict=True)]
 Side = Annotated[int, Field(ge=16, le=2**14, strict=True)]
 Radius = Annotated[int, Field(ge=1, le=64, strict=True)]
 Epochs = Annotated[float, Field(ge=0, le=1e6, strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Cosine = Annotated[float, Field(ge=-1, le=1, strict=True)]
@@ -192,6 +194,9 @@ class Data(Table):
     """Split that is trained on: images and labels, never a mask."""
     eval: str = "val"
     """Split that CAMs are evaluated on where it has masks; empty for none."""
+    range: Annotated[tuple[Number, Number], AfterValidator(check_range)] | None = None
+    """What the values of deep images span, such as ``[0, 4095]``; by their type if None (see
+    :func:`cacl.images.read_image`)."""
 
 
 class Scenes(Table):

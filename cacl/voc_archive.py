@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cacl._support.checks import check_choice
 from cacl._support.files import replacing
+from cacl._support.pillow import orientation
 from cacl._support.pool import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.listing import VOC_CLASSES
 from cacl.errors import InputError, expected, shown
+from cacl.folders import files_of
 from cacl.images import VOC_COLOURS, open_image
 
 
@@ -73,7 +75,7 @@ def export_voc(
             problems += found
             digests.append(digest)
     known = {f"{id}.png" for id in ids}
-    others = sorted(path for path in masks.iterdir() if path.suffix.lower() == ".png" and path.name not in known)
+    others = [path for path in files_of(masks, "*.[pP][nN][gG]") if path.name not in known]
     problems += [
         f"{shown(path)}: expected only masks of the split {split}, but {shown(path.stem)} is not in it"
         for path in others
@@ -101,7 +103,7 @@ _COLOURS = VOC_COLOURS[: 1 + len(VOC_CLASSES)].ravel().tolist()
 
 def _read_ids(lists: Path, split: str) -> tuple[list[str], list[str]]:
     """The ids of a split, sorted, and what is wrong with its list."""
-    known = sorted(path.stem for path in lists.glob("*.txt"))
+    known = [path.stem for path in files_of(lists, "*.txt")]
     if split not in known:
         there = ", ".join(known) or "no such folder"
         raise InputError(f"{lists}: expected split {split!r} as {split}.txt, but there is {there}")
@@ -123,7 +125,7 @@ def _check(path: Path, photo: Path) -> tuple[list[str], bytes]:
     size = None
     try:
         with open_image(photo) as file:  # the header only
-            sideways = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            sideways = orientation(file) in (5, 6, 7, 8)
             size = file.size[::-1] if sideways else file.size
     except InputError as error:
         problems.append(str(error))

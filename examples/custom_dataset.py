@@ -14,6 +14,29 @@ from pathlib import Path
 from cacl import BackgroundSet, pipeline
 from cacl.config import Config
 from cacl.datasets import CSVDataset, check_folder
+from cacl.folders import find_photos, is_litter
+
+
+def describe(root: Path) -> list[Path]:
+    """Write the tables of a folder with one folder a class; what systems leave in folders is no class and no photo."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_litter(path.name, folder=True)]
+    found = {folder: find_photos(folder) for folder in folders}
+    problems = [line for each in found.values() for line in each.problems]
+    problems += [f"{folder}: no photos here" for folder, each in found.items() if not each.photos]
+    classes, rows = root / "classes.txt", root / "dataset.csv"
+    if classes.exists():
+        problems.append(f"{classes}: expected dataset.csv beside it; write that too, or remove this")
+    if problems or not folders:
+        raise SystemExit("\n".join(problems) or f"{root}: expected one folder a class")
+    for file in (file for each in found.values() for file in each.others):
+        print(f"{file}: left out")
+    classes.write_text("\n".join(folder.name for folder in folders) + "\n", encoding="utf-8")
+    with open(rows, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "labels", "mask", "split"])
+        for folder, each in found.items():
+            table.writerows([photo.relative_to(root).as_posix(), folder.name, "", "train"] for photo in each.photos)
+    return [classes, rows]
 
 
 def main() -> None:
@@ -25,18 +48,12 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. classes.txt and dataset.csv, unless you wrote them. Masks are optional, and only ever looked at to evaluate.
-    if not (args.photos / "dataset.csv").is_file():
-        folders = sorted(folder for folder in args.photos.iterdir() if folder.is_dir())
-        (args.photos / "classes.txt").write_text("\n".join(folder.name for folder in folders) + "\n", encoding="utf-8")
-        with open(args.photos / "dataset.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "labels", "mask", "split"])
-            for folder in folders:
-                for photo in sorted(folder.iterdir()):
-                    table.writerow([f"{folder.name}/{photo.name}", folder.name, "", "train"])
+    tables = [] if (args.photos / "dataset.csv").exists() else describe(args.photos)
 
     # 2. Every file is opened once, and every problem listed.
     if problems := check_folder(args.photos, progress=True):
+        for table in tables:  # the next call looks at the folder anew
+            table.unlink()
         raise SystemExit("\n".join(problems))
     classes = CSVDataset(args.photos).classes
 

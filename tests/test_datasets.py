@@ -63,7 +63,7 @@ def test_palette_mask_keeps_its_values(tmp_path):
     mask.putpalette([*range(256)] * 3)
     mask.save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == values.tolist()
-    gradient("RGB").save(tmp_path / "rgb.png")
+    Image.new("RGB", (4, 4), (128, 0, 0)).save(tmp_path / "rgb.png")
     with pytest.raises(ValueError, match=r"rgb.png: expected a palette or grey mask, but got mode RGB"):
         read_mask(tmp_path / "rgb.png")
 
@@ -265,3 +265,11 @@ def test_other_masks(tmp_path):
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="Expected argument `format` to be one of csv, voc, coco, scenes, but got"):
         open_dataset("cocoa", tmp_path, "train")
+
+
+def test_what_systems_leave_in_vocs_folders_is_no_data(tmp_path):
+    root = write_voc(tmp_path / "voc")
+    for name in ("ImageSets/Segmentation/._train.txt", "SegmentationClassAug/._2007_000001.png"):
+        (root / name).write_bytes(b"\0\5\x16\7")
+    assert check_folder(root) == []
+    assert [entry.id for entry in VOC(root, "train_aug").entries] == [f"2007_{i:06}" for i in range(4)]

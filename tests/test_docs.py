@@ -106,6 +106,7 @@ def place(tmp_path, monkeypatch, clip_file):
     for i, name in enumerate(("harbour", "station", "ferry-terminal", "river", "depot", "lake", "canal")):
         picture(i, (48, 64))[0].save(tmp_path / f"photos/images/{name}.jpg")
         picture(i, (48, 64))[1].save(tmp_path / f"photos/masks/{name}.png")
+    Image.fromarray(VOC_COLOURS[np.array(picture(2, (48, 64))[1])]).save(tmp_path / "coloured.png")
     for i, name in enumerate(("boat/1", "train/1", "boat/2", "train/2")):
         (tmp_path / "photos-by-class" / name).parent.mkdir(parents=True, exist_ok=True)
         picture(i, (48, 64))[0].save(tmp_path / f"photos-by-class/{name}.jpg")
@@ -274,11 +275,13 @@ def mistakes(place: Path):
     def broken_data():
         folder = write_csv(place / "broken")
         rows = ["image,labels,mask,split", "images/0.png,baot,,train", "images/gone.png,boat,,train"]
-        rows += [f"images/{i}.png,boat,masks/{i}.png,train" for i in (1, 2, 3, 4, 5)]
+        rows += [f"images/{i}.png,boat,masks/{i}.png,train" for i in (1, 2, 3, 4, 5, 6)]
         (folder / "dataset.csv").write_text("\n".join(rows))
         (folder / "images/1.png").write_bytes(b"")
         (folder / "images/5.png").write_bytes(png(60000, 60000))
-        Image.new("RGB", (64, 48)).save(folder / "masks/2.png")
+        deep = np.linspace(0, 4010, 48 * 64).round().astype(np.uint16).reshape(48, 64)
+        Image.fromarray(deep).save(folder / "images/6.png")
+        Image.new("RGB", (64, 48), (128, 0, 0)).save(folder / "masks/2.png")
         Image.new("L", (64, 48), 200).save(folder / "masks/3.png")
         Image.new("L", (32, 24)).save(folder / "masks/4.png")
         return check_folder(folder)

@@ -1,6 +1,7 @@
 """The examples run as they stand."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,45 @@ def test_custom_dataset(tmp_path, clip_state):
     )  # fmt: skip
     assert done.returncode == 1
     assert "boat/0.jpg: not an image that decodes" in done.stderr
+
+
+def test_custom_dataset_and_what_systems_leave(tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "photos"
+    for name in ("boat/0.jpg", "boat/more/1.jpg", "train/0.png", ".ipynb_checkpoints/0.jpg", "__MACOSX/boat/0.jpg"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, (48, 64))[0].save(photos / name)
+    for name in ("boat/.DS_Store", "boat/._0.jpg", "train/Thumbs.db", "train/notes.txt"):
+        (photos / name).write_text("no photo")
+    (photos / "backgrounds.json").write_text('{"boat": ["water"], "train": ["rails"]}')
+    main = runpy.run_path(str(ROOT / "examples/custom_dataset.py"))["main"]
+
+    def run(config):
+        raise SystemExit("the run begins")
+
+    monkeypatch.setattr("cacl.pipeline.run", run)
+    monkeypatch.setattr("sys.argv", ["custom_dataset.py", str(photos)])
+    (photos / "train/1.png").write_text("broken")
+    with pytest.raises(SystemExit, match=r"train/1.png: not an image that decodes"):
+        main()
+    assert not (photos / "classes.txt").exists()  # the next call looks anew
+    assert not (photos / "dataset.csv").exists()
+    (photos / "train/1.png").unlink()
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="the run begins"):
+            main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{photos}/train/notes.txt: left out"
+    assert (photos / "classes.txt").read_text() == "boat\ntrain\n"
+    assert (photos / "dataset.csv").read_text().splitlines() == [
+        "image,labels,mask,split", "boat/0.jpg,boat,,train", "boat/more/1.jpg,boat,,train", "train/0.png,train,,train",
+    ]  # fmt: skip
+    (photos / "dataset.csv").unlink()
+    (photos / "bus").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert str(stop.value).splitlines() == [
+        f"{photos}/bus: no photos here",
+        f"{photos}/classes.txt: expected dataset.csv beside it; write that too, or remove this",
+    ]
 
 
 def test_no_path_of_a_machine_in_the_project():

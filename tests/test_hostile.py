@@ -255,7 +255,7 @@ BAD = [
          r"^'photos/\\udcff.png': not an image that decodes"),
     Case("a photo whose name is too long", nothing, f"predict model.pt {'x' * 300}.png --out out",
          "x.png: no such file or folder"),
-    Case("a mask in colours", mask(lambda: bad.grey((1, 1, 1), mode="RGB")), CHECK,
+    Case("a mask in colours", mask(lambda: bad.grey((128, 0, 0), mode="RGB")), CHECK,
          "masks/0.png: expected a palette or grey mask, but got mode RGB"),
     Case("a mask with a value of no class", mask(lambda: bad.grey(200)), CHECK,
          "masks/0.png: expected values 0 to 2 or 255, but got 200"),

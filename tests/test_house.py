@@ -24,7 +24,7 @@ FLOORS = [
     "constants errors _support",
     "prompts selector regions losses criterion camnet encoders backbones embedded crf random_walk irn mining deeplab "
     "metrics",
-    "images transforms pictures datasets scenes",
+    "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",
     "config",

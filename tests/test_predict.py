@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from PIL import Image
 from cacl.cli import main
 from cacl.config import Config
 from cacl.deeplab import DeepLabV2
+from cacl.folders import find_photos
 from cacl.images import VOC_COLOURS
-from cacl.photos import save_segmenter
+from cacl.photos import load_segmenter, save_segmenter
 from cacl.pictures import legend, overlay, palette
 from cacl.predict import predict
 
@@ -50,7 +53,7 @@ def photos(tmp_path):
     add("print.jpeg", colour.convert("CMYK"))
     add("deep.png", Image.fromarray(rng.integers(0, 65536, (50, 60), dtype=np.uint16)))
     add("bits.bmp", colour.convert("1"))
-    add("float.tiff", Image.fromarray(rng.random((50, 60), dtype=np.float32) * 255))
+    add("float.tiff", Image.fromarray(rng.random((50, 60), dtype=np.float32)))
     add("web.webp", colour)
     add("one.png", colour.resize((1, 1)), (1, 1))
     add("strip.png", colour.resize((200, 1)), (1, 200))
@@ -159,6 +162,116 @@ def test_masks_in_a_folder_of_photos_are_no_photos(model, tmp_path):
     assert len(predict(model, [tmp_path, tmp_path / "a.jpg"], tmp_path / "masks", workers=0).masks) == 1
 
 
+PICTURE = Image.new("RGB", (40, 30), (200, 10, 10))
+
+
+def test_what_pillow_reads_is_a_photo_and_the_rest_is_said(model, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    kinds = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.JP2": "JPEG2000", "d.ppm": "PPM", "e.tga": "TGA", "f.apng": "PNG"}
+    for name, kind in kinds.items():
+        PICTURE.save(photos / name, kind)
+    PICTURE.save(photos / "frame.0001", "JPEG")
+    PICTURE.save(photos / "bare", "PNG")
+    (photos / "phone.heic").write_bytes(b"....ftypheic")
+    for name in ("labels.txt", "boxes.json", "boxes.xml", "table.csv", "film.mp4", "old.npy"):
+        (photos / name).write_text("no photo")
+    litter = (".DS_Store", "._a.jfif", "Thumbs.db", ".ipynb_checkpoints/a.jpg", "__MACOSX/a.jpg", ".thumbs/x/b.jpg")
+    for name in (*litter, "@eaDir/a.jpg"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_text("litter")
+    made = predict(model, [photos], tmp_path / "out", crf=False, workers=0)
+    assert [path.name for path in made.masks] == [f"{letter}.png" for letter in "abcdef"]
+    assert made.problems == [
+        f"{photos / 'bare'}: left out: its ending is that of no format; rename it, or name the file itself",
+        f"{photos / 'frame.0001'}: left out: its ending is that of no format; rename it, or name the file itself",
+        f"{photos / 'phone.heic'}: left out: Pillow does not read .heic here; convert it",
+    ]
+    assert sorted(path.name for path in made.others) == [
+        "boxes.json", "boxes.xml", "film.mp4", "labels.txt", "old.npy", "table.csv",
+    ]  # fmt: skip
+    for name in ("frame.0001", "bare"):
+        (photos / name).unlink()
+    (photos / "phone.heic").unlink()
+    assert main(["predict", str(model), str(photos), "--out", str(tmp_path / "out"), "--no-crf", "--workers=0"]) == 0
+    assert "6 masks in" in (out := capsys.readouterr().out)
+    assert out.endswith(", 0 left out; 6 other files, such as boxes.json\n")
+
+
+def test_files_that_are_named_keep_what_is_no_ending(model, tmp_path):
+    for name in ("frame.0001", "frame.0002", "frame"):
+        PICTURE.save(tmp_path / name, "JPEG")
+    made = predict(
+        model,
+        [tmp_path / name for name in ("frame.0001", "frame.0002", "frame")],
+        tmp_path / "out",
+        crf=False,
+        workers=0,
+    )
+    assert [path.name for path in made.masks] == ["frame.0001.png", "frame.0002.png", "frame.png"]
+
+
+def test_linked_folders_are_gone_into_once(tmp_path):
+    for name in ("photos/z", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("photos/z/a.jpg", "elsewhere/b.jpg", "elsewhere/deep/c.jpg"):
+        PICTURE.save(tmp_path / name)
+    photos = tmp_path / "photos"
+    for link, target in {
+        "linked": tmp_path / "elsewhere",
+        "again": tmp_path / "elsewhere",
+        "a": photos / "z",  # comes first by its name, and second as it is a link
+        "loop": tmp_path,
+        "z/loop": photos / "z",
+        "gone": tmp_path / "nowhere",
+    }.items():
+        (photos / link).symlink_to(target)
+    (photos / "self").symlink_to(photos / "self")
+    found = find_photos(photos)
+    assert [path.relative_to(photos).as_posix() for path in found.photos] == [
+        "z/a.jpg",
+        "again/b.jpg",
+        "again/deep/c.jpg",
+    ]
+    assert found.problems == []
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    PICTURE.save(tmp_path / "a.jpg")
+    scandir = os.scandir
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", closed)
+    found = find_photos(tmp_path)
+    assert [path.name for path in found.photos] == ["a.jpg"]
+    assert found.problems == [f"{tmp_path / 'closed'}: cannot be read (Permission denied)"]
+
+
+def test_a_segmenter_knows_the_range_of_its_images(model, tmp_path):
+    net = load_segmenter(model).net
+    assert load_segmenter(model).range is None  # as of older versions
+    assert len(load_segmenter(model)) == 2  # `net, classes = load_segmenter(…)`
+    save_segmenter(tmp_path / "model.pt", net, CLASSES, "scenes", (0, 4095))
+    assert load_segmenter(tmp_path / "model.pt").range == (0, 4095)
+    grey = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "bytes.png")
+    Image.fromarray(np.rint(grey * (4095 / 255)).astype(np.uint16)).save(tmp_path / "deep.png")
+    photos = [tmp_path / "bytes.png", tmp_path / "deep.png"]
+    made = predict(tmp_path / "model.pt", photos, tmp_path / "out", crf=False, workers=0)
+    assert np.array_equal(*(np.array(Image.open(path)) for path in made.masks))
+    assert len(predict(model, photos, tmp_path / "out", crf=False, workers=0).problems) == 1
+    made = predict(model, photos, tmp_path / "out", crf=False, range=(0, 4095), workers=0)
+    assert np.array_equal(*(np.array(Image.open(path)) for path in made.masks))
+    torch.save({**torch.load(tmp_path / "model.pt"), "range": [1, 0]}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: range: expected two numbers"):
+        load_segmenter(tmp_path / "model.pt")
+
+
 def test_photos_of_one_name(model, tmp_path):
     photos = tmp_path / "photos"
     for name in ("x/a.jpg", "x/a.png", "y/a.jpg"):
@@ -187,7 +300,7 @@ def test_a_run_folder_brings_its_settings(model, tmp_path, monkeypatch):
         (run / "segment/stage.json").write_text(state)
     seen = []
 
-    def spy(net, photos, finish, settings, *, crf, machine):
+    def spy(net, photos, finish, settings, *, crf, range, machine):
         seen.append((settings, crf))
         return iter(())
 

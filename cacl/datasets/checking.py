@@ -15,6 +15,7 @@ from cacl.constants import IGNORE
 from cacl.datasets.dataset import Dataset
 from cacl.datasets.formats import FORMATS, format_of
 from cacl.errors import InputError, shown
+from cacl.images import Range
 
 
 def check(
@@ -78,6 +79,7 @@ def check_folder(
     *,
     format: str | None = None,
     splits: Iterable[str] | None = None,
+    range: Range | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Check the data set in a folder.
@@ -86,6 +88,7 @@ def check_folder(
         root: the folder.
         format: one of :data:`cacl.datasets.FORMATS`; by what lies in the folder if None.
         splits: the splits to look at; all of them if None.
+        range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
         progress: show a progress bar where there is a terminal.
 
     Returns:
@@ -111,5 +114,6 @@ def check_folder(
             if number not in seen:
                 seen.add(number)
                 new.append(index)
+        part.dataset.range = range
         problems += check(part.dataset, indices=new, progress=progress)
     return list(dict.fromkeys(problems))

@@ -17,7 +17,7 @@ from cacl.datasets.coco import Objects, read_coco
 from cacl.datasets.entries import Entries, Entry, Listing, MasksIn
 from cacl.datasets.listing import read_csv, read_voc
 from cacl.errors import InputError, shown
-from cacl.images import read_image, read_mask
+from cacl.images import Range, read_image, read_mask
 
 
 class Sample(NamedTuple):
@@ -40,6 +40,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         entries: the images. They are stored in little memory, so that a worker that loads images adds none of its own.
     """
 
+    range: Range | None = None
+    """What the values of deep images span (see :func:`cacl.images.read_image`); by their type if None."""
+
     def __init__(self, classes: Sequence[str], entries: Iterable[Entry]) -> None:
         self.classes = tuple(classes)
         self.entries: Sequence[Entry] = entries if isinstance(entries, Entries) else Entries(entries)
@@ -53,7 +56,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
     def image(self, index: int) -> tv_tensors.Image:
         """``(3, H, W)`` uint8."""
-        return read_image(self.entries[index].image)
+        return read_image(self.entries[index].image, self.range)
 
     def labels(self, index: int) -> Tensor:
         """``(K,)`` uint8."""
@@ -89,8 +92,11 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return _WithMasks(self, folder)
 
     def fingerprint(self, *, masks: bool = False) -> str:
-        """A hash of classes, ids, labels, and sizes and times of the images (and masks): changes when the data does."""
+        """A hash of classes, ids, labels, range, and sizes and times of the images (and masks): changes when the data
+        does."""
         digest = hashlib.sha256(repr(self.classes).encode())
+        if self.range is not None:
+            digest.update(repr(self.range).encode())
         state_of = lru_cache(maxsize=1)(Path.stat)  # all masks may be in one file
         for entry in self.entries:
             files = [entry.image.stat()]
@@ -105,7 +111,7 @@ class _WithMasks(Dataset):
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
         self.classes, self.entries = dataset.classes, MasksIn(dataset.entries, folder)
-        self._dataset = dataset
+        self._dataset, self.range = dataset, dataset.range
 
     def image(self, index: int) -> tv_tensors.Image:
         return self._dataset.image(index)

@@ -13,6 +13,7 @@ from cacl.datasets.dataset import Dataset, InOneFile, sound
 from cacl.datasets.entries import Listing
 from cacl.datasets.listing import read_csv, read_voc, voc_splits
 from cacl.errors import InputError, expected, quoted
+from cacl.images import Range
 
 
 class Part(NamedTuple):
@@ -44,8 +45,14 @@ class Format:
     """Whether :func:`cacl.scenes.generate` draws it where it is missing."""
 
 
-def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
+def open_dataset(format: str, root: str | PathLike[str], split: str, *, range: Range | None = None) -> Dataset:
     """A split of a data set by the name of its format, one of :data:`FORMATS`.
+
+    Args:
+        format: the name.
+        root: the folder.
+        split: the split.
+        range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
 
     Raises:
         ValueError: if the format is unknown; with one line a problem, if something is missing or unknown.
@@ -54,6 +61,7 @@ def open_dataset(format: str, root: str | PathLike[str], split: str) -> Dataset:
         raise expected("format", f"one of {', '.join(FORMATS)}", repr(format))
     part = FORMATS[format].read(Path(root), split)
     sound(part.listing)
+    part.dataset.range = range
     return part.dataset
 
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from cacl.constants import IGNORE
 from cacl.datasets.entries import Entries, Entry, Listing, duplicates, outside, short_ids
 from cacl.errors import InputError, did_you_mean, quoted, shown
+from cacl.folders import files_of
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
@@ -25,7 +26,7 @@ def read_voc(root: Path, split: str) -> Listing:
     if split == "train_aug":
         masks = root / "SegmentationClassAug"
         val = set(_lines(lists / "val.txt"))
-        ids = sorted(path.stem for path in masks.glob("*.png") if path.stem not in val)
+        ids = [path.stem for path in files_of(masks, "*.png") if path.stem not in val]
         if not ids:
             raise InputError(f"{masks}: no masks for the split train_aug")
     elif (lists / f"{split}.txt").is_file():
@@ -33,7 +34,7 @@ def read_voc(root: Path, split: str) -> Listing:
         if not ids:
             raise InputError(f"{lists / split}.txt: expected an id a line, but it is empty")
     else:
-        known = sorted(path.stem for path in lists.glob("*.txt"))
+        known = [path.stem for path in files_of(lists, "*.txt")]
         raise InputError(
             f"{lists}: expected split {split!r} as {split}.txt, but there is {', '.join(known) or 'no such folder'}"
         )
@@ -133,7 +134,7 @@ def read_csv(root: Path, split: str | None) -> Listing:
 
 def voc_splits(root: Path) -> list[str]:
     """The splits that a VOC folder has."""
-    splits = sorted(path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt"))
+    splits = [path.stem for path in files_of(root / "ImageSets" / "Segmentation", "*.txt")]
     return [*splits, "train_aug"] if "val" in splits and (root / "SegmentationClassAug").is_dir() else splits
 
 

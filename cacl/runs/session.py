@@ -189,7 +189,7 @@ class Session:
                 if drawing:
                     draw = partial(scenes.generate, workers=self.machine.workers, progress=self.machine.progress)
                     rank_zero(partial(draw, data.root, **drawn))
-            self._opened[split] = open_dataset(data.format, data.root, split)
+            self._opened[split] = open_dataset(data.format, data.root, split, range=data.range)
         return self._opened[split]
 
     @cached_property

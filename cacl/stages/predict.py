@@ -61,7 +61,7 @@ def make_predictions(
     photos = [dataset.entries[i].image for i in wanted]
     saving = _Saving([out / f"{dataset.entries[i].id}.png" for i in wanted])
     with barrier(), naming_dead_loaders():
-        for _, result in segment_photos(net, photos, saving, settings, machine=machine):
+        for _, result in segment_photos(net, photos, saving, settings, range=dataset.range, machine=machine):
             if isinstance(result, InputError):
                 raise result
 
@@ -84,7 +84,10 @@ def evaluate_segmenter(
     matrix = ConfusionMatrix(len(dataset.classes))
     photos, counting = [dataset.entries[i].image for i in mine], _Counting(dataset, mine)
     with barrier(), naming_dead_loaders():
-        for _, counts in segment_photos(net, photos, counting, settings, crf=crf, machine=machine, desc="evaluate"):
+        found = segment_photos(
+            net, photos, counting, settings, crf=crf, range=dataset.range, machine=machine, desc="evaluate"
+        )
+        for _, counts in found:
             if isinstance(counts, InputError):
                 raise counts
             matrix.counts += counts

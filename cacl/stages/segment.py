@@ -135,7 +135,7 @@ def _run(run: Context, settings: Segment, folder: Path, journal: Journal) -> Non
     train_segmenter(net, run.train, masks, settings, seed=run.seed, machine=run.machine, journal=journal)
     of_camnet = "" if run.identity("backbone") else run.table(CAMNetwork).backbone
     if rank() == 0:
-        save_segmenter(folder / "model.pt", net, run.train.classes, settings.backbone or of_camnet)
+        save_segmenter(folder / "model.pt", net, run.train.classes, settings.backbone or of_camnet, run.train.range)
 
 
 def _score(run: Context, settings: Segment, dataset: Dataset) -> Score:
