@@ -11,6 +11,34 @@ import numpy as np
 from cacl.errors import quoted
 
 
+def draws(segmentation: Any) -> bool:
+    """Whether a segmentation is an outline or an RLE that encloses something, or is broken and will be told when it is
+    drawn; not where there is none, an empty one, or a box or points in its place."""
+    if isinstance(segmentation, list):
+        return any(map(_encloses, segmentation))
+    if not isinstance(segmentation, dict):
+        return bool(segmentation)
+    counts = segmentation.get("counts")
+    if isinstance(counts, str) and len(counts) <= _LETTERS:
+        try:
+            counts = uncompressed(counts)
+        except ValueError:
+            return True
+    return any(counts[1::2]) if isinstance(counts, list) else bool(counts)
+
+
+_LETTERS = 8
+"""No single number takes more in COCO's code; an RLE of one number is background alone."""
+
+
+def _encloses(part: Any) -> bool:
+    if not isinstance(part, list):
+        return isinstance(part, dict | str)  # neither a number nor None
+    if len(part) < 6 or isinstance(part[0], list):
+        return False
+    return len({*part[::2]}) > 1 and len({*part[1::2]}) > 1  # else all points lie on one line
+
+
 def runs_of(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
     """The pixels of a segmentation, column by column, as (first, one after the last) of each run."""
     if isinstance(segmentation, list):
