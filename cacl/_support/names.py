@@ -14,8 +14,8 @@ ENDINGS = {
     ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp", ".wmf", ".xbm",
     ".xpm",
 }  # fmt: skip
-"""Of photos, in small letters: those of formats that Pillow and its plugins read. They are written down, since an image's
-id must not follow from what is installed."""
+"""Of photos, in small letters: of formats that Pillow and its plugins read. They are written down, since an image's id
+must not follow from what is installed."""
 
 
 def without_ending(path: Path) -> Path:

@@ -52,10 +52,9 @@ def check(
     Returns:
         As of :func:`check_folder`.
     """
-    found = Findings()
-    where = _where(dataset, "")
-    found.problems += [f"{_named(dataset)}{problem}" for problem in problems_of_classes(dataset.classes)]
-    _check_files(dataset, where, found, {}, masks=masks, indices=indices, progress=progress)
+    found = check_lists({"": dataset}, (), disjoint=False)
+    agreement = _opened_all(dataset, found, {}, masks=masks, indices=indices, progress=progress)
+    _compare(dataset, "", agreement, found)
     return found.lines
 
 
@@ -73,8 +72,8 @@ def check_folder(
     Args:
         root: the folder.
         format: one of :data:`cacl.datasets.FORMATS`; by what lies in the folder if None.
-        splits: the splits to look at; all of them if None. Those whose name begins with ``train`` are taken to be
-            trained on, or all where none does.
+        splits: the splits to look at; all of them if None. Those with ``train`` in their name are taken to be trained
+            on, and need labels; where no name has it, one of all splits does.
         progress: show a progress bar where there is a terminal.
 
     Returns:
@@ -87,8 +86,9 @@ def check_folder(
     root = Path(root)
     format = format or format_of(root)
     wanted = list(splits or FORMATS[format].splits(root))
-    trained = [split for split in wanted if split.startswith("train")] or wanted
-    found, classes = check_parts(root, format, wanted, trained, progress=progress)
+    trained = [split for split in wanted if "train" in split]
+    unknown = not trained and not splits
+    found, classes = check_parts(root, format, wanted, None if unknown else trained, progress=progress)
     beside = root / "backgrounds.json"
     if FORMATS[format].brings_words and beside.is_file():
         try:
@@ -99,48 +99,44 @@ def check_folder(
 
 
 def check_parts(
-    root: Path, format: str, splits: Sequence[str], trained: Collection[str], *, progress: bool = False
+    root: Path, format: str, splits: Sequence[str], trained: Collection[str] | None, *, progress: bool = False
 ) -> tuple[Findings, tuple[str, ...]]:
     """What is found in splits of a folder, of which some are trained on; and the classes."""
     known = FORMATS[format]
     parts = {split: known.read(root, split) for split in splits}
-    datasets = {split: part.dataset for split, part in parts.items()}
-    found = check_lists(datasets, trained, disjoint=known.disjoint)
-    listed = [problem for part in parts.values() for problem in part.listing.problems]
-    found.problems = [*listed, *found.problems]
-    check_files(datasets, found, progress=progress)
+    # What is said of a list with mistakes would be about these.
+    sound = {split: part.dataset for split, part in parts.items() if not part.listing.problems}
+    found = check_lists(sound, trained, disjoint=known.disjoint)
+    found.problems[:0] = [problem for part in parts.values() for problem in part.listing.problems]
+    check_files({split: part.dataset for split, part in parts.items()}, found, compared=sound, progress=progress)
     return found, parts[splits[0]].listing.classes
 
 
-def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str], *, disjoint: bool) -> Findings:
+def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str] | None, *, disjoint: bool) -> Findings:
     """What is found in the lists of splits, without a look at a file.
 
     Args:
         datasets: split -> data set.
-        trained: the splits that are trained on.
+        trained: the splits that are trained on; None if that is any of them.
         disjoint: whether a photo in two of them is wrong.
     """
     found = Findings()
-    first, *_ = datasets
+    first = next(iter(datasets), "")
     for split, dataset in datasets.items():
         where = _where(dataset, split)
         found.problems += [f"{_named(dataset)}{problem}" for problem in problems_of_classes(dataset.classes)]
         if dataset.classes != datasets[first].classes:
             found.problems.append(f"{where}expected the categories of the split {first}, but it has others")
         found.notes += dataset.origin.notes
-    labels = {split: {k for entry in dataset.entries for k in entry.labels} for split, dataset in datasets.items()}
-    for split in trained:
-        if not labels[split]:
-            photos = numbered(len(datasets[split]), "photo")
-            found.problems.append(
-                f"{_where(datasets[split], split)}expected photos with labels, which are all that is trained on, but "
-                f"none of the {photos} has one"
-            )
-    learnt = {k for split in trained for k in labels[split]}
-    for split, dataset in datasets.items():
-        if learnt and (never := sorted(labels[split] - learnt)):
-            names = ", ".join(quoted(dataset.classes[k]) for k in never if k < len(dataset.classes))
-            found.notes.append(f"{_where(dataset, split)}no photo that is trained on has the label {names}")
+    bare = [split for split, dataset in datasets.items() if not any(entry.labels for entry in dataset.entries)]
+    if trained is None:
+        trained = datasets if len(bare) == len(datasets) else ()
+    found.problems += [
+        f"{_where(datasets[split], split)}expected photos with labels, which are all that is learnt from, but none of "
+        f"the {numbered(len(datasets[split]), 'photo')} has one"
+        for split in bare
+        if split in trained
+    ]
     if disjoint:
         found.problems += _in_two(datasets)
     return found
@@ -161,23 +157,42 @@ def _in_two(datasets: Mapping[str, Dataset]) -> Iterable[str]:
         )
 
 
-def check_files(datasets: Mapping[str, Dataset], found: Findings, *, progress: bool = False) -> None:
-    """Add what is found in the files of splits, each of which is opened once."""
+def check_files(
+    datasets: Mapping[str, Dataset], found: Findings, *, compared: Collection[str] | None = None, progress: bool = False
+) -> None:
+    """Add what is found in the files of splits, each of which is opened once.
+
+    Args:
+        datasets: split -> data set.
+        found: what is added to.
+        compared: the splits whose labels and masks are compared; all if None.
+        progress: show a progress bar where there is a terminal.
+    """
     seen: dict[int, int] = {}
     for split, dataset in datasets.items():
-        _check_files(dataset, _where(dataset, split), found, seen, progress=progress)
+        agreement = _opened_all(dataset, found, seen, progress=progress)
+        if compared is None or split in compared:
+            _compare(dataset, split, agreement, found)
 
 
-def _check_files(
+def _compare(dataset: Dataset, split: str, agreement: Agreement, found: Findings) -> None:
+    if problems_of_classes(dataset.classes):  # whose values are not what they should be
+        return
+    if problem := agreement.problem():
+        found.problems.append(f"{_where(dataset, split)}{problem}")
+    else:
+        found.notes += [f"{_where(dataset, split)}{note}" for note in agreement.notes()]
+
+
+def _opened_all(
     dataset: Dataset,
-    where: str,
     found: Findings,
     seen: dict[int, int],
     *,
     masks: bool = True,
     indices: Sequence[int] | None = None,
     progress: bool = False,
-) -> None:
+) -> Agreement:
     """``seen``: the hash of an entry whose files have been opened -> the values in its mask, a bit each."""
 
     def look_at(index: int) -> tuple[int, int, list[str]]:
@@ -201,16 +216,11 @@ def _check_files(
                 if values:
                     agreement.add(dataset.entries[index].labels, values)
                 bar.update()
-    if problems_of_classes(dataset.classes):  # whose values are not what they should be
-        return
-    if problem := agreement.problem():
-        found.problems.append(f"{where}{problem}")
-    else:
-        found.notes += [f"{where}{note}" for note in agreement.notes()]
+    return agreement
 
 
 def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str]]:
-    """The values in an image's mask, a bit each, 0 where there is none, and what is wrong."""
+    """The values in an image's mask, a bit each, 0 where there is none that is sound, and what is wrong."""
     found = []
     size = None
     try:
@@ -233,7 +243,7 @@ def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str
         found.append(
             f"{dataset.mask_name(index)}: expected values 0 to {len(dataset.classes)} or 255, but got {wrong[0]}"
         )
-    return sum(1 << value for value in values), found
+    return 0 if found else sum(1 << value for value in values), found
 
 
 _AT_ONCE = 1024

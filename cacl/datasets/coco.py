@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from cacl._support.names import composed, existing, without_ending
 from cacl.constants import IGNORE
-from cacl.datasets.entries import Entries, Entry, Listing, Origin, Texts, duplicates, outside, short_ids
-from cacl.datasets.json_stream import JSONStream
-from cacl.datasets.rle import draws, runs_of
+from cacl.datasets.coco_file import Columns, read_columns, unreadable
+from cacl.datasets.entries import Entries, Entry, Listing, Origin, duplicates, outside, short_ids
+from cacl.datasets.rle import runs_of
 from cacl.errors import InputError, first_line, quoted, shown
 
 
@@ -35,7 +35,7 @@ def read_coco(root: Path, split: str) -> tuple[Listing, Objects]:
     for name in (f"{split}2014", split):
         path = existing(folder / f"instances_{name}.json")
         if os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            return _resolved(path, existing(root / name), _read(path))
+            return _resolved(path, existing(root / name), read_columns(path))
     known = ", ".join(map(shown, coco_splits(root))) or "no such file"
     raise InputError(
         f"{folder}: expected split {quoted(split)} as instances_{split}2014.json or instances_{split}.json, "
@@ -113,90 +113,10 @@ class Objects:
                         )
                     yield annotation
         except OSError as error:
-            raise _unreadable(self.path, error) from None
+            raise unreadable(self.path, error) from None
 
 
-class _Columns:
-    """What is kept of a file's images, annotations and categories."""
-
-    def __init__(self) -> None:
-        self.categories: list[tuple[int, str]] = []
-        self.images, self.sizes, self.names = array("q"), array("i"), Texts()
-        self.forget_annotations()
-
-    def forget_annotations(self) -> None:
-        self.image_of, self.category_of, self.crowd = array("q"), array("q"), array("b")
-        self.outlined = array("b")
-        self.starts, self.lengths = array("q"), array("i")
-
-    # Arrays refuse what is no integer, or too large, by a TypeError or an OverflowError.
-
-    def add_image(self, image: Any, start: int, length: int) -> None:
-        image["file_name"].encode()  # an AttributeError or a UnicodeEncodeError for what is no text
-        self.names.append(image["file_name"])
-        self.images.append(image["id"])
-        self.sizes.extend((image["height"], image["width"]))
-
-    def add_annotation(self, annotation: Any, start: int, length: int) -> None:
-        self.image_of.append(annotation["image_id"])
-        self.category_of.append(annotation["category_id"])
-        self.crowd.append(annotation.get("iscrowd", 0))
-        self.outlined.append(draws(annotation.get("segmentation")))
-        self.starts.append(start)
-        self.lengths.append(length)
-
-    def add_category(self, category: Any, start: int, length: int) -> None:
-        category["name"].encode()
-        if not category["name"].strip():
-            raise TypeError
-        self.categories.append((array("q", [category["id"]])[0], composed(category["name"])))
-
-
-_WANTED = {
-    "images": "an object with file_name, and the integers id, height and width",
-    "annotations": "an object with the integers image_id, category_id and iscrowd",
-    "categories": "an object with name, and the integer id",
-}
-
-
-def _read(path: Path) -> _Columns:
-    columns = _Columns()
-    add = {
-        "images": columns.add_image,
-        "annotations": columns.add_annotation,
-        "categories": columns.add_category,
-    }
-    missing = set(add)
-    try:
-        with open(path, "rb") as file:
-            stream = JSONStream(file, path)
-            for key in stream.members():
-                if key not in add:
-                    stream.skip()
-                    continue
-                missing.discard(key)
-                for value, start, length in stream.elements():
-                    try:
-                        add[key](value, start, length)
-                    except (AttributeError, LookupError, OverflowError, TypeError, UnicodeEncodeError) as error:
-                        lacks = f" (missing {error})" if isinstance(error, KeyError) else ""
-                        raise InputError(
-                            f"{shown(path)}: {key}: expected {_WANTED[key]}, but there is something else at byte "
-                            f"{start}{lacks}"
-                        ) from None
-            stream.end()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if missing:
-        raise InputError(f"{shown(path)}: missing {', '.join(repr(key) for key in _WANTED if key in missing)}")
-    return columns
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{shown(path)}: expected a file that can be read, but {error.strerror or error}")
-
-
-def _resolved(path: Path, photos: Path, columns: _Columns) -> tuple[Listing, Objects]:
+def _resolved(path: Path, photos: Path, columns: Columns) -> tuple[Listing, Objects]:
     """Ids become indices, and what does not fit becomes a problem."""
     where, names = shown(path), dict(columns.categories)
     categories = sorted(names)
@@ -259,7 +179,7 @@ _NAMED = 20
 """Images that a message names."""
 
 
-def _problems_of_images(where: str, columns: _Columns) -> Iterator[list[str]]:
+def _problems_of_images(where: str, columns: Columns) -> Iterator[list[str]]:
     heights, widths = columns.sizes[::2], columns.sizes[1::2]
     for id, name, height, width in zip(columns.images, columns.names, heights, widths, strict=True):
         relative = Path(name)
@@ -278,7 +198,7 @@ _LARGEST = 178956970
 
 
 def _placed(
-    path: Path, columns: _Columns, listed: NDArray[np.bool_], categories: list[int]
+    path: Path, columns: Columns, listed: NDArray[np.bool_], categories: list[int]
 ) -> tuple[Objects, Iterator[tuple[int, ...]], NDArray[np.bool_]]:
     """The annotations in the order of the images that are listed, these images' labels, and whether all of an image's
     annotations can be drawn."""
