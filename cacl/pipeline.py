@@ -196,11 +196,11 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     """Check settings and data before the first step, and write down the configuration."""
     with barrier():
         _ = session.datasets
+    notes = rank_zero(lambda: check_lists_of(session))
     _ = session.fingerprints
     # Of rank 0: a file may have another time on another machine.
     until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
-    notes = rank_zero(lambda: check_lists_of(session))
     with barrier():
         _check_settings(session, wanted, resume=resume)
     rank_zero(lambda: _check_data(session, notes))
