@@ -90,7 +90,7 @@ def check_folder(
     unknown = not trained and not splits
     found, classes = check_parts(root, format, wanted, None if unknown else trained, progress=progress)
     beside = root / "backgrounds.json"
-    if FORMATS[format].brings_words and beside.is_file():
+    if FORMATS[format].brings_words and beside.is_file() and classes:
         try:
             words_for(classes, beside)
         except InputError as error:
@@ -101,7 +101,7 @@ def check_folder(
 def check_parts(
     root: Path, format: str, splits: Sequence[str], trained: Collection[str] | None, *, progress: bool = False
 ) -> tuple[Findings, tuple[str, ...]]:
-    """What is found in splits of a folder, of which some are trained on; and the classes."""
+    """What is found in splits of a folder, of which some are trained on; and the classes, if a list has no mistake."""
     known = FORMATS[format]
     parts = {split: known.read(root, split) for split in splits}
     # What is said of a list with mistakes would be about these.
@@ -109,7 +109,7 @@ def check_parts(
     found = check_lists(sound, trained, disjoint=known.disjoint)
     found.problems[:0] = [problem for part in parts.values() for problem in part.listing.problems]
     check_files({split: part.dataset for split, part in parts.items()}, found, compared=sound, progress=progress)
-    return found, parts[splits[0]].listing.classes
+    return found, next((dataset.classes for dataset in sound.values()), ())
 
 
 def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str] | None, *, disjoint: bool) -> Findings:
