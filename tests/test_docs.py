@@ -291,13 +291,7 @@ def mistakes(place: Path):
         for path in (roots[2] / "masks").iterdir():
             Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
         (roots[2] / "classes.txt").write_text("boat\n")
-        (roots[2] / "dataset.csv").write_text(
-            re.sub(
-                r",boat;train,|,train,m",
-                lambda m: m[0].replace("boat;train", "boat").replace(",train,m", ",boat,m"),
-                texts[2],
-            )
-        )
+        (roots[2] / "dataset.csv").write_text(re.sub(r",[a-z;]+,(?=masks)", ",boat,", texts[2]))
         (roots[3] / "dataset.csv").write_text(re.sub(r",[a-z;]+,(?=masks/[0-5])", ",,", texts[3]))
         (roots[4] / "dataset.csv").write_text(texts[4] + "images/0.png,boat,,val\n")
         lines = [line for root in roots for line in check_folder(root)]
@@ -391,8 +385,8 @@ def mistakes(place: Path):
     (place / "tulips.pt").write_text("no checkpoint")
     torch.save({"weight": torch.tensor(float("nan"))}, place / "diverged.pt")
     return [
-        broken_data, contradictions, wrong_header, without_masks, void_for_the_server, other_model, own_backbone, misfit,
-        weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
+        broken_data, contradictions, wrong_header, without_masks, void_for_the_server, other_model, own_backbone,
+        misfit, weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),
