@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,8 @@ def _encloses(part: Any) -> bool:
         return isinstance(part, dict | str)  # neither a number nor None
     if len(part) < 6 or isinstance(part[0], list):
         return False
-    return len({*part[::2]}) > 1 and len({*part[1::2]}) > 1  # else all points lie on one line
+    # Else all points lie on one line; mostly the second point tells, and there are many annotations.
+    return all(any(value != part[i] for value in islice(part, i + 2, None, 2)) for i in (0, 1))
 
 
 def runs_of(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
