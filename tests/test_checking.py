@@ -80,12 +80,12 @@ def in_both(root):
 REFUSED = {
     "one class too many in front": (
         lambda root: classes(root, "bird", "boat", "train"),
-        r"split 'train': expected each class .* 6 masks, .*: 'train' \(4\); all values .* one too small, .* 'bird'",
+        r"split 'train': expected the masks .* none of the 6 masks shows 'train' \(a label of 4 photos\); all values .* one too small, .* 'bird'",
         2,
     ),
     "values one too large": (
         lambda root: [classes(root, "boat", "train", "cat"), masks(root, lambda i, mask: mask + (mask > 0))],
-        r"split 'val': expected each class .*: 'boat' \(2\); all values seem to be one too large, .* 'boat'",
+        r"split 'val': expected the masks .* shows 'boat' \(a label of 2 photos\); all values seem to be one too large, .* 'boat'",
         2,
     ),
     "the background drawn as a class": (
@@ -96,12 +96,12 @@ REFUSED = {
     "masks of another list": (other_list, r"expected .* but 6 of 6 show other classes; are the masks made for", 2),
     "all objects are 1": (
         lambda root: masks(root, lambda i, mask: mask > 0),
-        r"'train' \(4\); every object has the value 1: write that of its class",
+        r"'train' \(a label of 4 photos\); every object has the value 1: write that of its class",
         2,
     ),
     "masks without an object": (
         lambda root: masks(root, lambda i, mask: mask * 0),
-        r"'boat' \(4\), 'train' \(4\); the masks are all background",
+        r"'boat' \(a label of 4 photos\), 'train' \(a label of 4 photos\); the masks are all background",
         2,
     ),
     "0 and 255 of one class": (
@@ -242,8 +242,8 @@ def test_labels_and_masks_of_a_split_of_voc(tmp_path):
         values = np.array(Image.open(path))
         Image.fromarray(np.where(values > 0, values - 1, 0).astype(np.uint8)).save(path)
     (line,) = check_folder(tmp_path)
-    assert line.startswith(f"{tmp_path}/ImageSets/Segmentation/val.txt: split 'val': expected each class")
-    assert "'boat' (1), 'train' (2); all values seem to be one too small" in line
+    assert line.startswith(f"{tmp_path}/ImageSets/Segmentation/val.txt: split 'val': expected the masks")
+    assert "'boat' (a label of 1 photo), 'train' (a label of 2 photos); all values seem to be one too small" in line
     assert check_folder(tmp_path, splits=["train"]) == []
     assert check(VOC(tmp_path, "val")) == [line.replace("split 'val': ", "")]
 
@@ -258,7 +258,11 @@ def test_images_that_are_in_several_splits_are_opened_once(tmp_path, monkeypatch
     monkeypatch.setattr(Dataset, "image", lambda data, i: [opened.append(data.entries[i].id), image(data, i)][1])
     lines = check_folder(root, splits=["train", "val", "trainval"])
     assert len(opened) == 6
-    assert ["'train' (2)" in lines[0], "'train' (2)" in lines[1], "'train' (4)" in lines[2]] == [True] * 3
+    assert [
+        "'train' (a label of 2" in lines[0],
+        "'train' (a label of 2" in lines[1],
+        "'train' (a label of 4" in lines[2],
+    ] == [True] * 3
 
 
 def test_a_table_of_odd_splits(root):

@@ -62,20 +62,17 @@ class Agreement:
                 f"expected masks of 0 for the background and {ones} for objects, but the {masks} of its photos hold "
                 f"only 0 and 255, which is void: write {ones.rstrip(',')} in place of 255"
             )
+        wanted = "expected the masks to show what the photos are labelled with"
         missing = [k for k, count in enumerate(self._tagged) if count and not self._shown >> (k + 1) & 1]
         shifted = max(self._low, self._high) > self._labelled / 2
         if missing:
-            named = ", ".join(f"{quoted(self._classes[k])} ({self._tagged[k]})" for k in missing)
-            return (
-                f"expected each class that photos are labelled with in some of their {masks}, but it is in none of "
-                f"them (with the number of photos that have the label): {named}; {self._cause()}"
+            named = ", ".join(
+                f"{quoted(self._classes[k])} (a label of {numbered(self._tagged[k], 'photo')})" for k in missing
             )
+            return f"{wanted}, but none of the {masks} shows {named}; {self._cause()}"
         if self._labelled and (shifted or self._apart > self._labelled / 2):
             count = self._different if shifted else self._apart
-            return (
-                f"expected the masks to show what the photos are labelled with, but {count} of {self._photos} show "
-                f"other classes; {self._cause()}"
-            )
+            return f"{wanted}, but {count} of {self._photos} show other classes; {self._cause()}"
         return ""
 
     def _cause(self) -> str:
