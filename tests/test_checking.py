@@ -80,12 +80,12 @@ def in_both(root):
 REFUSED = {
     "one class too many in front": (
         lambda root: classes(root, "bird", "boat", "train"),
-        r"split 'train': expected the masks .* none of the 6 masks shows 'train' \(a label of 4 photos\); all values .* one too small, .* 'bird'",
+        r"split 'train': .* none of the 6 masks shows 'train' \(a label of 4 photos\); .* too small, .* 'bird'",
         2,
     ),
     "values one too large": (
         lambda root: [classes(root, "boat", "train", "cat"), masks(root, lambda i, mask: mask + (mask > 0))],
-        r"split 'val': expected the masks .* shows 'boat' \(a label of 2 photos\); all values seem to be one too large, .* 'boat'",
+        r"split 'val': .* shows 'boat' \(a label of 2 photos\); all values .* one too large, .* 'boat'",
         2,
     ),
     "the background drawn as a class": (
