@@ -188,23 +188,23 @@ def _ablate(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from cacl import datasets
     from cacl.config import Config
+    from cacl.datasets.checking import NOTE, check_folder
+    from cacl.runs.checking import check_config
 
     path = Path(options.path)
     if path.is_dir():
-        problems = datasets.check_folder(path, range=options.range, progress=options.progress)
+        lines = check_folder(path, range=options.range, progress=options.progress)
     else:
         config = Config.load(options.path, options.set, chain=_chain(options))
-        data = config.data
-        splits = list(dict.fromkeys(s for s in (data.train, data.eval, config.segmented_split) if s))
-        problems = datasets.check_folder(
-            data.root, format=data.format, splits=splits, range=options.range or data.range, progress=options.progress
-        )
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems")
-    return 2 if problems else 0
+        if options.range:
+            config = config.changed({"data": {"range": options.range}})
+        lines = check_config(config, progress=options.progress)
+    for line in lines:
+        print(line)
+    count = sum(not line.startswith(NOTE) for line in lines)
+    print(f"{count} problem{'' if count == 1 else 's'}" if count else "no problems")
+    return 2 if count else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -56,11 +56,6 @@ def files_of(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not is_litter(path.name, folder=False))
 
 
-def photo_stem(path: Path) -> Path:
-    """A path without the ending, where it is that of a format; ``frame.0001`` has none."""
-    return path.with_suffix("") if path.suffix.lower() in endings() else path
-
-
 def _files(root: Path, problems: list[str]) -> Iterator[Path]:
     """All files below a folder, in order; links to folders last."""
     folders, links, seen = [root], list[Path](), set[str]()

@@ -16,10 +16,10 @@ from cacl._support.distributed import barrier, local_device, process_group, rank
 from cacl._support.files import locked, read_json, write_json, write_text
 from cacl.config import Config
 from cacl.crf import check_backend
-from cacl.datasets import check
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.log import Callback, Journal, measured
+from cacl.runs.checking import check_files_of, check_lists_of
 from cacl.runs.folder import State
 from cacl.runs.results import Result
 from cacl.runs.session import NotDrawnError, Session
@@ -196,13 +196,14 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     """Check settings and data before the first step, and write down the configuration."""
     with barrier():
         _ = session.datasets
+    notes = rank_zero(lambda: check_lists_of(session))
     _ = session.fingerprints
     # Of rank 0: a file may have another time on another machine.
     until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
     with barrier():
         _check_settings(session, wanted, resume=resume)
-    rank_zero(lambda: _check_data(session))
+    rank_zero(lambda: _check_data(session, notes))
 
 
 def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
@@ -223,18 +224,11 @@ def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
                 stage.check(session, session.settings(stage))
 
 
-def _check_data(session: Session) -> None:
-    data, path = session.config.data, session.out / "data.json"
-    for role, dataset in session.datasets.items():
-        if dataset.classes != session.train.classes:
-            split = session.splits[role]
-            raise InputError(f"{data.root}: expected the split {split!r} to have the classes of {data.train!r}")
+def _check_data(session: Session, notes: Sequence[str]) -> None:
+    path = session.out / "data.json"
     if read_json(path) != session.fingerprints:
-        # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
-        different = {dataset.entries: dataset for dataset in session.datasets.values()}.values()
-        problems = [line for dataset in different for line in check(dataset, progress=session.machine.progress)]
-        if problems:
-            raise InputError("\n".join(dict.fromkeys(problems)))
+        for note in dict.fromkeys([*notes, *check_files_of(session)]):
+            logger.warning("%s", note)
     write_text(session.out / "config.toml", session.config.to_toml(session.out))
     write_json(path, session.fingerprints)
 

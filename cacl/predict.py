@@ -16,12 +16,13 @@ from torch import nn
 from cacl._support.checks import check_integer
 from cacl._support.distributed import find_device
 from cacl._support.files import replacing
+from cacl._support.names import without_ending
 from cacl._support.pool import usable_cores
 from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.crf import Backend, check_backend
 from cacl.errors import InputError, shown
-from cacl.folders import find_photos, photo_stem
+from cacl.folders import find_photos
 from cacl.images import Mask, Pixels, Range, check_range
 from cacl.photos import Photos, Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
@@ -169,7 +170,7 @@ def _real(path: Path) -> Path:
 
 def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
     """What each photo's files are called: without its ending, as long as it is the only one of that name."""
-    names = [photo_stem(name) for _, name in found]
+    names = [without_ending(name) for _, name in found]
     times = Counter(names)
     names = [short if times[short] == 1 else name for short, (_, name) in zip(names, found, strict=True)]
     if again := [name for name, count in Counter(names).items() if count > 1]:

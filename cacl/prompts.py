@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
+from cacl._support.names import composed
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
 if TYPE_CHECKING:
@@ -239,8 +240,17 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
         return found
 
 
+def words_for(names: Iterable[str], path: Path, n: int | None = None) -> BackgroundSet:
+    """:meth:`BackgroundSet.from_json`, and an error where one of the classes ``names`` has no words."""
+    words = BackgroundSet.from_json(path, n)
+    for name in names:
+        if name not in words:
+            raise InputError(f"{path}: no background words for class {name!r}{did_you_mean(name, words)}")
+    return words
+
+
 def _key(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    return composed(re.sub(r"[\s_-]+", "", name)).casefold()
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

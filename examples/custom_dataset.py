@@ -50,8 +50,8 @@ def main() -> None:
     # 1. classes.txt and dataset.csv, unless you wrote them. Masks are optional, and only ever looked at to evaluate.
     tables = [] if (args.photos / "dataset.csv").exists() else describe(args.photos)
 
-    # 2. Every file is opened once, and every problem listed.
-    if problems := check_folder(args.photos, progress=True):
+    # 2. Every file is opened once, and every problem listed; what only a note says, the run says too.
+    if problems := [line for line in check_folder(args.photos, progress=True) if not line.startswith("note: ")]:
         for table in tables:  # the next call looks at the folder anew
             table.unlink()
         raise SystemExit("\n".join(problems))

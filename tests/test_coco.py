@@ -8,6 +8,7 @@ import pickle
 import random
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +148,19 @@ def test_random_annotations(tmp_path, seed):
         )
     path = write(tmp_path, data)
     dataset = COCO(tmp_path, "train")
+    empty = {a["image_id"] for a in data["annotations"] if isinstance(a["segmentation"], dict) and nothing(a)}
     for i, (labels, mask) in enumerate(by_hand(path).values()):
         assert dataset.entries[i].labels == labels
-        assert np.array_equal(dataset.mask(i), mask)
+        assert (i in dataset.masked) == (data["images"][i]["id"] not in empty)
+        assert i not in dataset.masked or np.array_equal(dataset.mask(i), mask)
+
+
+def nothing(annotation):
+    mask = pytest.importorskip("pycocotools.mask")
+    code = annotation["segmentation"]
+    if isinstance(code["counts"], list):
+        code = mask.frPyObjects(code, HEIGHT, WIDTH)
+    return not mask.decode(code).any()
 
 
 def test_an_outline_of_two_points_has_no_area(coco):
@@ -335,9 +346,8 @@ def without(key, index, name):
         (without("images", 2, "width"), r"images: expected an object .* at byte \d+ \(missing 'width'\)$"),
         (change("annotations", 3, image_id=8), r"unknown image_id in 1 annotation, such as 8$"),
         (change("annotations", 3, category_id=2), r"unknown category_id in 1 annotation, such as 2$"),
-        (change("annotations", 3, category_id=1.5), r"annotations: expected an object with segmentation, and the int"),
-        (change("annotations", 3, iscrowd=None), r"annotations: expected an object with segmentation, and the int"),
-        (without("annotations", 3, "segmentation"), r"annotations: expected an object .* \(missing 'segmentation'\)$"),
+        (change("annotations", 3, category_id=1.5), r"annotations: expected an object with the integers image_id, cat"),
+        (change("annotations", 3, iscrowd=None), r"annotations: expected an object with the integers image_id, cat"),
         (without("annotations", 3, "image_id"), r"annotations: expected an object .* \(missing 'image_id'\)$"),
         (
             change("categories", 0, id=1),
@@ -348,7 +358,7 @@ def without(key, index, name):
         (change("categories", 0, name=None), r"categories: expected an object with name, and the integer id"),
         (lambda data: data["categories"].append(3), r"categories: expected an object with name, and the integer id"),
         (lambda data: data["images"].append([]), r"images: expected an object with file_name"),
-        (lambda data: data["annotations"].append("x"), r"annotations: expected an object with segmentation"),
+        (lambda data: data["annotations"].append("x"), r"annotations: expected an object with the integers"),
         (lambda data: data.pop("annotations"), r"json: missing 'annotations'$"),
         (lambda data: [data.pop("images"), data.pop("categories")], r"json: missing 'images', 'categories'$"),
         (lambda data: data.update(images=[]), r"json: expected images, but there is none$"),
@@ -427,17 +437,16 @@ def test_check(coco):
         ({"size": [40, 50], "counts": [1, 2]}, "its counts do not add up"),
         ({"size": [40, 50], "counts": [-1, 2001]}, "its counts do not add up"),
         ({"size": [40, 50], "counts": [1999.5, 0.5]}, "its counts do not add up"),
-        ({"size": [40, 50], "counts": ""}, "its counts do not add up"),
+        ({"size": [40, 50], "counts": "01"}, "its counts do not add up"),
         ({"size": [40, 50], "counts": "ooo"}, "it is cut off"),
         ({"size": [40, 50], "counts": "a b"}, "unknown letter ' '"),
-        ({"size": [50, 40], "counts": [2000]}, r"its size is \[50, 40\]"),
-        ({"size": ["x" * 1000], "counts": [2000]}, r"its size is \['x{186}\)$"),
-        ({"counts": [2000]}, "'size'"),
+        ({"size": [50, 40], "counts": [0, 2000]}, r"its size is \[50, 40\]"),
+        ({"size": ["x" * 1000], "counts": [0, 2000]}, r"its size is \['x{186}\)$"),
+        ({"counts": [0, 2000]}, "'size'"),
         ([[1, 2, 3, "x", 5, 6]], "could not convert"),
         ([[1, 2, 3, 1e9, 5, 6]], "near the image"),
         ([{"size": [40, 50], "counts": [2000]}], "float"),
-        ([[[1, 2], [3, 4], [5, 6]]], "near the image"),
-        (None, "NoneType"),
+        ([["1", "2", "3", "4", "5", "y"]], "could not convert"),
         (7, "int"),
     ],
 )
@@ -450,6 +459,85 @@ def test_bad_segmentations_are_one_line(coco, segmentation, message):
         COCO(coco, "train").mask(0)
     assert "\n" not in str(error.value)
     assert len(check_folder(coco)) == 1
+
+
+NO_OUTLINE = [
+    None, [], {}, "", [[]], [None], [5, 5, 20, 20], [[5, 5, 20, 20]], [5.0, 5.0, 2, 9.0, 9.0, 2, 12.5, 3.5, 1],
+    [[5, 5], [20, 5], [20, 20]], [[[5, 5], [20, 5], [20, 20]]], [[5, 5, 5, 9, 5, 20]], [[7, 8] * 3],
+    {"size": [40, 50], "counts": []}, {"size": [40, 50], "counts": ""}, {"size": [40, 50], "counts": [2000]},
+    rle(band(0, 0)), {"size": [40, 50]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("segmentation", [*NO_OUTLINE, "missing", "compressed"])
+def test_an_object_without_an_outline_is_a_label(coco, segmentation):
+    """Its image is not scored, and is named; the others are as before."""
+    before = {entry.id: entry.labels for entry in COCO(coco, "train").entries}
+    data = example()
+    data["annotations"][3]["segmentation"] = segmentation  # the person of image 9, "ä b"
+    if segmentation == "missing":
+        del data["annotations"][3]["segmentation"]
+    if segmentation == "compressed":
+        data["annotations"][3]["segmentation"] = compressed(band(0, 0))
+    (coco / "annotations/instances_train2014.json").write_text(json.dumps(data))
+    dataset = COCO(coco, "train")
+    assert {entry.id: entry.labels for entry in dataset.entries} == before
+    assert [dataset.entries[i].id for i in dataset.masked] == ["COCO_1", "\u5c71", '\U0001f600 "q" \\']
+    with pytest.raises(ValueError, match=r"ä b.jpg: the image has no mask$"):
+        dataset.mask(0)
+    (line,) = check_folder(coco)
+    assert line.startswith(f"note: {coco}")
+    assert "1 image has an object without an outline" in line
+    assert line.endswith("not scored: ä b.jpg")
+
+
+def test_a_file_without_any_outline_needs_no_pycocotools(coco, monkeypatch):
+    data = example()
+    for annotation in data["annotations"]:
+        del annotation["segmentation"]
+    (coco / "annotations/instances_train2014.json").write_text(json.dumps(data))
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    dataset = COCO(coco, "train")
+    assert dataset.masked == []
+    assert [entry.labels for entry in dataset.entries] == [(0,), (0, 1, 2), (), ()]
+    assert len(check(dataset)) == 1
+    (line,) = check_folder(coco)
+    assert line.endswith("no annotation has an outline, so no image has a mask and nothing is scored")
+
+
+def test_the_background_is_no_category(coco):
+    data = example()
+    data["categories"][1]["name"] = "_background_"
+    (coco / "annotations/instances_train2014.json").write_text(json.dumps(data))
+    (line,) = check_folder(coco)
+    assert "but got '_background_': the background is 0 and void is 255, without a name" in line
+
+
+def test_names_in_two_unicode_forms_are_one(coco):
+    """The photo "ä b.jpg" is composed on the disk."""
+    data = example()
+    data["images"][0]["file_name"] = unicodedata.normalize("NFD", "ä b.jpg")
+    data["categories"][0]["name"] = unicodedata.normalize("NFD", "Möwe")
+    path = coco / "annotations/instances_train2014.json"
+    path.write_text(json.dumps(data))
+    dataset = COCO(coco, "train")
+    assert dataset.entries[0].id == "ä b"
+    assert dataset.image(0).shape == (3, HEIGHT, WIDTH)
+    assert dataset.classes == ("person", "dog", "Möwe")
+    data["categories"][1]["name"] = "Möwe"
+    data["images"][1]["file_name"] = "ä b.jpg"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"duplicate category 'Möwe'\n.*: duplicate id ä b$"):
+        COCO(coco, "train")
+
+
+def test_a_number_is_no_ending(coco):
+    data = example()
+    for i, image in enumerate(data["images"]):
+        (coco / "train2014" / image["file_name"]).rename(coco / f"train2014/frame.{i:04}")
+        image["file_name"] = f"frame.{i:04}"
+    (coco / "annotations/instances_train2014.json").write_text(json.dumps(data))
+    assert [entry.id for entry in COCO(coco, "train").entries] == [f"frame.{i:04}" for i in range(4)]
 
 
 def test_a_file_that_changes_is_noticed(coco):

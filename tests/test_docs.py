@@ -286,6 +286,20 @@ def mistakes(place: Path):
         Image.new("L", (32, 24)).save(folder / "masks/4.png")
         return check_folder(folder)
 
+    def contradictions():
+        roots = [write_csv(place / f"contradiction-{i}") for i in range(5)]
+        texts = [(root / "dataset.csv").read_text() for root in roots]
+        (roots[0] / "classes.txt").write_text("_background_\nboat\ntrain\n")
+        (roots[1] / "classes.txt").write_text("bird\nboat\ntrain\n")
+        for path in (roots[2] / "masks").iterdir():
+            Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+        (roots[2] / "classes.txt").write_text("boat\n")
+        (roots[2] / "dataset.csv").write_text(re.sub(r",[a-z;]+,(?=masks)", ",boat,", texts[2]))
+        (roots[3] / "dataset.csv").write_text(re.sub(r",[a-z;]+,(?=masks/[0-5])", ",,", texts[3]))
+        (roots[4] / "dataset.csv").write_text(texts[4] + "images/0.png,boat,,val\n")
+        lines = [line for root in roots for line in check_folder(root)]
+        return [line for line in lines if not line.startswith("note: ")]
+
     def wrong_header():
         folder = write_csv(place / "header")
         (folder / "dataset.csv").write_text("image;labels;mask;split\n")
@@ -374,8 +388,8 @@ def mistakes(place: Path):
     (place / "tulips.pt").write_text("no checkpoint")
     torch.save({"weight": torch.tensor(float("nan"))}, place / "diverged.pt")
     return [
-        broken_data, wrong_header, without_masks, void_for_the_server, other_model, own_backbone, misfit,
-        weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
+        broken_data, contradictions, wrong_header, without_masks, void_for_the_server, other_model, own_backbone,
+        misfit, weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),

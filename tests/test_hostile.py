@@ -400,7 +400,7 @@ FINE = [
     Case("a photo that is called .png", all_of(put("data/.png", bad.picture), row(".png")), CHECK, "^no problems$"),
     Case("photos whose names differ in upper and lower case",
          all_of(put("data/images/A.png", bad.picture), put("data/images/a.png", bad.picture),
-                table("image,labels,mask,split\nimages/A.png,,,train\nimages/a.png,,,train\n")), CHECK,
+                table("image,labels,mask,split\nimages/A.png,boat,,train\nimages/a.png,,,train\n")), CHECK,
          "^no problems$"),
     Case("a PNG that is called .jpg", all_of(put("data/images/x.jpg", bad.picture), row("images/x.jpg")), CHECK,
          "^no problems$"),

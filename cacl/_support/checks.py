@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cacl._support.names import composed
 from cacl.errors import InputError, InputTypeError, expected
 
 
@@ -87,7 +88,8 @@ def check_words(argument: str, words: Iterable[str]) -> tuple[str, ...]:
             raise InputTypeError(f"Expected `{argument}` to be a list of strings, but it has {word!r}.")
         if not word.strip():
             raise InputError(f"Expected `{argument}` to have no empty entry, but it has {word!r}.")
-        if word.lower() in seen:
+        same = composed(word).lower()
+        if same in seen:
             raise InputError(f"Expected `{argument}` to have no duplicates, but {word!r} stands twice.")
-        seen.add(word.lower())
+        seen.add(same)
     return result

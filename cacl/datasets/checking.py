@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -12,10 +13,30 @@ import numpy as np
 from cacl._support.pool import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
+from cacl.datasets.agreement import Agreement, numbered, problems_of_classes
 from cacl.datasets.dataset import Dataset
 from cacl.datasets.formats import FORMATS, format_of
-from cacl.errors import InputError, shown
+from cacl.errors import InputError, quoted, shown
 from cacl.images import Range
+from cacl.prompts import words_for
+
+NOTE = "note: "
+"""What lines begin with that a run says too, and does not stop for."""
+
+
+@dataclass
+class Findings:
+    """What is wrong with data, and what is worth knowing, a line each."""
+
+    problems: list[str] = field(default_factory=list)
+    """A run refuses them."""
+    notes: list[str] = field(default_factory=list)
+    """A run says them and goes on."""
+
+    @property
+    def lines(self) -> list[str]:
+        """Each line once; the notes say that they are."""
+        return [*dict.fromkeys(self.problems), *(f"{NOTE}{note}" for note in dict.fromkeys(self.notes))]
 
 
 def check(
@@ -25,53 +46,17 @@ def check(
 
     Args:
         dataset: the data set.
-        masks: open the masks too.
+        masks: open the masks too, and compare them with the labels.
         indices: which images; all by default.
         progress: show a progress bar where there is a terminal.
+
+    Returns:
+        As of :func:`check_folder`.
     """
-
-    def problems_of(index: int) -> list[str]:
-        entry = dataset.entries[index]
-        found = []
-        size = None
-        try:
-            size = tuple(dataset.image(index).shape[-2:])
-        except InputError as error:
-            found.append(str(error))
-        if masks and entry.mask is not None:
-            try:
-                mask = dataset.mask(index)
-            except InputError as error:
-                return [*found, str(error)]
-            if size is not None and tuple(mask.shape) != size:
-                found.append(
-                    f"{dataset.mask_name(index)}: expected {size[1]}×{size[0]} pixels as the image, "
-                    f"but got {mask.shape[1]}×{mask.shape[0]}"
-                )
-            values = np.flatnonzero(np.bincount(mask.numpy().ravel(), minlength=256))
-            wrong = [int(value) for value in values if len(dataset.classes) < value < IGNORE]
-            if wrong:
-                found.append(
-                    f"{dataset.mask_name(index)}: expected values 0 to {len(dataset.classes)} or 255, "
-                    f"but got {wrong[0]}"
-                )
-        return found
-
-    chosen = range(len(dataset)) if indices is None else indices
-    problems: list[str] = []
-    with (
-        ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
-        watched(None, total=len(chosen), desc="check", progress=progress) as bar,
-    ):
-        for start in range(0, len(chosen), _AT_ONCE):
-            for found in pool.map(problems_of, chosen[start : start + _AT_ONCE]):
-                problems += found
-                bar.update()
-    return problems
-
-
-_AT_ONCE = 1024
-"""Images whose tasks wait in the pool; each takes memory."""
+    found = check_lists({"": dataset}, (), disjoint=False)
+    agreement = _opened_all(dataset, found, {}, masks=masks, indices=indices, progress=progress)
+    _compare(dataset, "", agreement, found)
+    return found.lines
 
 
 def check_folder(
@@ -82,38 +67,205 @@ def check_folder(
     range: Range | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Check the data set in a folder.
+    """Check the data set in a folder: its lists, every file, and whether labels and masks say the same.
+
+    A run finds the same in the splits that it uses, since it does the same before its first step.
 
     Args:
         root: the folder.
         format: one of :data:`cacl.datasets.FORMATS`; by what lies in the folder if None.
-        splits: the splits to look at; all of them if None.
+        splits: the splits to look at; all of them if None. Those with ``train`` in their name are taken to be trained
+            on, and need labels; where no name has it, one of all splits does.
         range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
         progress: show a progress bar where there is a terminal.
 
     Returns:
-        What is wrong, a line each with the file's path.
+        What is wrong, a line each with the file's path. Lines that begin with ``note:`` do not stop a run, which says
+        them too: scores mean something else there than one would think.
 
     Raises:
         ValueError: if the folder holds no data set.
     """
     root = Path(root)
-    problems: list[str] = []
-    seen: set[int] = set()  # of hashes: the entries themselves would take a hundred times the memory
-    known = FORMATS[format or format_of(root)]
-    wanted = list(splits or known.splits(root))
-    parts = [known.read(root, split) for split in wanted]
-    for part in parts:
-        if part.listing.classes != parts[0].listing.classes:
-            problems.append(
-                f"{shown(part.source)}: expected the categories of the split {wanted[0]}, but it has others"
-            )
-        problems += part.listing.problems
-        new = []
-        for index, number in enumerate(map(hash, part.listing.entries)):
-            if number not in seen:
-                seen.add(number)
-                new.append(index)
+    format = format or format_of(root)
+    wanted = list(splits or FORMATS[format].splits(root))
+    trained = [split for split in wanted if "train" in split]
+    unknown = not trained and not splits
+    found, classes = check_parts(root, format, wanted, None if unknown else trained, range=range, progress=progress)
+    beside = root / "backgrounds.json"
+    if FORMATS[format].brings_words and beside.is_file() and classes:
+        try:
+            words_for(classes, beside)
+        except InputError as error:
+            found.problems.append(str(error))
+    return found.lines
+
+
+def check_parts(
+    root: Path,
+    format: str,
+    splits: Sequence[str],
+    trained: Collection[str] | None,
+    *,
+    range: Range | None = None,
+    progress: bool = False,
+) -> tuple[Findings, tuple[str, ...]]:
+    """What is found in splits of a folder, of which some are trained on; and the classes, if a list has no mistake."""
+    known = FORMATS[format]
+    parts = {split: known.read(root, split) for split in splits}
+    for part in parts.values():
         part.dataset.range = range
-        problems += check(part.dataset, indices=new, progress=progress)
-    return list(dict.fromkeys(problems))
+    # What is said of a list with mistakes would be about these.
+    sound = {split: part.dataset for split, part in parts.items() if not part.listing.problems}
+    found = check_lists(sound, trained, disjoint=known.disjoint)
+    found.problems[:0] = [problem for part in parts.values() for problem in part.listing.problems]
+    check_files({split: part.dataset for split, part in parts.items()}, found, compared=sound, progress=progress)
+    return found, next((dataset.classes for dataset in sound.values()), ())
+
+
+def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str] | None, *, disjoint: bool) -> Findings:
+    """What is found in the lists of splits, without a look at a file.
+
+    Args:
+        datasets: split -> data set.
+        trained: the splits that are trained on; None if that is any of them.
+        disjoint: whether a photo in two of them is wrong.
+    """
+    found = Findings()
+    first = next(iter(datasets), "")
+    for split, dataset in datasets.items():
+        where = _where(dataset, split)
+        found.problems += [f"{_named(dataset)}{problem}" for problem in problems_of_classes(dataset.classes)]
+        if dataset.classes != datasets[first].classes:
+            found.problems.append(f"{where}expected the categories of the split {first}, but it has others")
+        found.notes += dataset.origin.notes
+    bare = [split for split, dataset in datasets.items() if not any(entry.labels for entry in dataset.entries)]
+    if trained is None:
+        trained = datasets if len(bare) == len(datasets) else ()
+    found.problems += [
+        f"{_where(datasets[split], split)}expected photos with labels, which are all that is learnt from, but none of "
+        f"the {numbered(len(datasets[split]), 'photo')} has one"
+        for split in bare
+        if split in trained
+    ]
+    if disjoint:
+        found.problems += _in_two(datasets)
+    return found
+
+
+def _in_two(datasets: Mapping[str, Dataset]) -> Iterable[str]:
+    """A line for each two splits that share photos."""
+    splits: dict[int, str] = {}  # of hashes: the paths themselves would take far more memory
+    shared: dict[tuple[str, str], list[str]] = {}
+    for split, dataset in datasets.items():
+        for entry in dataset.entries:
+            if (other := splits.setdefault(hash(entry.image), split)) != split:
+                shared.setdefault((other, split), []).append(shown(entry.image))
+    for (one, other), photos in shared.items():
+        yield (
+            f"{_where(datasets[other], '')}expected each photo in one split, but {numbered(len(photos), 'photo')} "
+            f"{'is' if len(photos) == 1 else 'are'} in {quoted(one)} and {quoted(other)}, such as {photos[0]}"
+        )
+
+
+def check_files(
+    datasets: Mapping[str, Dataset], found: Findings, *, compared: Collection[str] | None = None, progress: bool = False
+) -> None:
+    """Add what is found in the files of splits, each of which is opened once.
+
+    Args:
+        datasets: split -> data set.
+        found: what is added to.
+        compared: the splits whose labels and masks are compared; all if None.
+        progress: show a progress bar where there is a terminal.
+    """
+    seen: dict[int, int] = {}
+    for split, dataset in datasets.items():
+        agreement = _opened_all(dataset, found, seen, progress=progress)
+        if compared is None or split in compared:
+            _compare(dataset, split, agreement, found)
+
+
+def _compare(dataset: Dataset, split: str, agreement: Agreement, found: Findings) -> None:
+    if problems_of_classes(dataset.classes):  # whose values are not what they should be
+        return
+    if problem := agreement.problem():
+        found.problems.append(f"{_where(dataset, split)}{problem}")
+    else:
+        found.notes += [f"{_where(dataset, split)}{note}" for note in agreement.notes()]
+
+
+def _opened_all(
+    dataset: Dataset,
+    found: Findings,
+    seen: dict[int, int],
+    *,
+    masks: bool = True,
+    indices: Sequence[int] | None = None,
+    progress: bool = False,
+) -> Agreement:
+    """``seen``: the hash of an entry whose files have been opened -> the values in its mask, a bit each."""
+
+    def look_at(index: int) -> tuple[int, int, list[str]]:
+        entry = dataset.entries[index]
+        number = hash(entry)
+        if number in seen:
+            return number, seen[number], []
+        return number, *_opened(dataset, index, masks=masks and entry.mask is not None)
+
+    agreement = Agreement(dataset.classes)
+    chosen = range(len(dataset)) if indices is None else indices
+    with (
+        ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
+        watched(None, total=len(chosen), desc="check", progress=progress) as bar,
+    ):
+        for start in range(0, len(chosen), _AT_ONCE):
+            some = chosen[start : start + _AT_ONCE]
+            for index, (number, values, problems) in zip(some, pool.map(look_at, some), strict=True):
+                found.problems += problems
+                seen[number] = values
+                if values:
+                    agreement.add(dataset.entries[index].labels, values)
+                bar.update()
+    return agreement
+
+
+def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str]]:
+    """The values in an image's mask, a bit each, 0 where there is none that is sound, and what is wrong."""
+    found = []
+    size = None
+    try:
+        size = tuple(dataset.image(index).shape[-2:])
+    except InputError as error:
+        found.append(str(error))
+    if not masks:
+        return 0, found
+    try:
+        mask = dataset.mask(index)
+    except InputError as error:
+        return 0, [*found, str(error)]
+    if size is not None and tuple(mask.shape) != size:
+        found.append(
+            f"{dataset.mask_name(index)}: expected {size[1]}×{size[0]} pixels as the image, "
+            f"but got {mask.shape[1]}×{mask.shape[0]}"
+        )
+    values = np.flatnonzero(np.bincount(mask.numpy().ravel(), minlength=256)).tolist()
+    if wrong := [value for value in values if len(dataset.classes) < value < IGNORE]:
+        found.append(
+            f"{dataset.mask_name(index)}: expected values 0 to {len(dataset.classes)} or 255, but got {wrong[0]}"
+        )
+    return 0 if found else sum(1 << value for value in values), found
+
+
+_AT_ONCE = 1024
+"""Images whose tasks wait in the pool; each takes memory."""
+
+
+def _where(dataset: Dataset, split: str) -> str:
+    """What a line about a split begins with."""
+    listed = f"{shown(dataset.origin.listed)}: " if dataset.origin.listed else ""
+    return f"{listed}split {quoted(split)}: " if split else listed
+
+
+def _named(dataset: Dataset) -> str:
+    return f"{shown(dataset.origin.named)}: " if dataset.origin.named else ""

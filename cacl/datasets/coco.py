@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cacl._support.names import composed, existing, without_ending
 from cacl.constants import IGNORE
-from cacl.datasets.entries import Entries, Entry, Listing, Texts, duplicates, outside, short_ids
-from cacl.datasets.json_stream import JSONStream
+from cacl.datasets.coco_file import Columns, read_columns, unreadable
+from cacl.datasets.entries import Entries, Entry, Listing, Origin, duplicates, outside, short_ids
 from cacl.datasets.rle import runs_of
 from cacl.errors import InputError, first_line, quoted, shown
 
@@ -32,9 +33,9 @@ def read_coco(root: Path, split: str) -> tuple[Listing, Objects]:
     """
     folder = root / "annotations"
     for name in (f"{split}2014", split):
-        path = folder / f"instances_{name}.json"
+        path = existing(folder / f"instances_{name}.json")
         if os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            return _resolved(path, root / name, _read(path))
+            return _resolved(path, existing(root / name), read_columns(path))
     known = ", ".join(map(shown, coco_splits(root))) or "no such file"
     raise InputError(
         f"{folder}: expected split {quoted(split)} as instances_{split}2014.json or instances_{split}.json, "
@@ -112,89 +113,10 @@ class Objects:
                         )
                     yield annotation
         except OSError as error:
-            raise _unreadable(self.path, error) from None
+            raise unreadable(self.path, error) from None
 
 
-class _Columns:
-    """What is kept of a file's images, annotations and categories."""
-
-    def __init__(self) -> None:
-        self.categories: list[tuple[int, str]] = []
-        self.images, self.sizes, self.names = array("q"), array("i"), Texts()
-        self.forget_annotations()
-
-    def forget_annotations(self) -> None:
-        self.image_of, self.category_of, self.crowd = array("q"), array("q"), array("b")
-        self.starts, self.lengths = array("q"), array("i")
-
-    # Arrays refuse what is no integer, or too large, by a TypeError or an OverflowError.
-
-    def add_image(self, image: Any, start: int, length: int) -> None:
-        image["file_name"].encode()  # an AttributeError or a UnicodeEncodeError for what is no text
-        self.names.append(image["file_name"])
-        self.images.append(image["id"])
-        self.sizes.extend((image["height"], image["width"]))
-
-    def add_annotation(self, annotation: Any, start: int, length: int) -> None:
-        self.image_of.append(annotation["image_id"])
-        self.category_of.append(annotation["category_id"])
-        self.crowd.append(annotation.get("iscrowd", 0))
-        _ = annotation["segmentation"]
-        self.starts.append(start)
-        self.lengths.append(length)
-
-    def add_category(self, category: Any, start: int, length: int) -> None:
-        category["name"].encode()
-        if not category["name"].strip():
-            raise TypeError
-        self.categories.append((array("q", [category["id"]])[0], category["name"]))
-
-
-_WANTED = {
-    "images": "an object with file_name, and the integers id, height and width",
-    "annotations": "an object with segmentation, and the integers image_id, category_id and iscrowd",
-    "categories": "an object with name, and the integer id",
-}
-
-
-def _read(path: Path) -> _Columns:
-    columns = _Columns()
-    add = {
-        "images": columns.add_image,
-        "annotations": columns.add_annotation,
-        "categories": columns.add_category,
-    }
-    missing = set(add)
-    try:
-        with open(path, "rb") as file:
-            stream = JSONStream(file, path)
-            for key in stream.members():
-                if key not in add:
-                    stream.skip()
-                    continue
-                missing.discard(key)
-                for value, start, length in stream.elements():
-                    try:
-                        add[key](value, start, length)
-                    except (AttributeError, LookupError, OverflowError, TypeError, UnicodeEncodeError) as error:
-                        lacks = f" (missing {error})" if isinstance(error, KeyError) else ""
-                        raise InputError(
-                            f"{shown(path)}: {key}: expected {_WANTED[key]}, but there is something else at byte "
-                            f"{start}{lacks}"
-                        ) from None
-            stream.end()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if missing:
-        raise InputError(f"{shown(path)}: missing {', '.join(repr(key) for key in _WANTED if key in missing)}")
-    return columns
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{shown(path)}: expected a file that can be read, but {error.strerror or error}")
-
-
-def _resolved(path: Path, photos: Path, columns: _Columns) -> tuple[Listing, Objects]:
+def _resolved(path: Path, photos: Path, columns: Columns) -> tuple[Listing, Objects]:
     """Ids become indices, and what does not fit becomes a problem."""
     where, names = shown(path), dict(columns.categories)
     categories = sorted(names)
@@ -218,25 +140,46 @@ def _resolved(path: Path, photos: Path, columns: _Columns) -> tuple[Listing, Obj
         if len(unknown):
             some = f"{len(unknown)} annotation{'s' if len(unknown) > 1 else ''}"
             problems.append(f"{where}: unknown {key} in {some}, such as {given[unknown[0]]}")
-    objects, labels = _placed(path, columns, listed, categories)
+    some_outlined = any(columns.outlined)
+    objects, labels, whole = _placed(path, columns, listed, categories)
 
     def entries() -> Iterator[Entry]:
         there = photos.is_dir()
         if not there:
             problems.append(f"{shown(photos)}: no such folder")
         wanted = (name for name, wanted in zip(columns.names, listed, strict=True) if wanted)
-        for name, present in zip(wanted, labels, strict=True):
-            photo = photos / name
+        for name, present, drawn in zip(wanted, labels, whole, strict=True):
+            photo = existing(photos / name)
             if there and not os.path.isfile(photo):
                 problems.append(f"{shown(photo)}: no such file")
-            yield Entry(Path(name).with_suffix("").as_posix(), photo, present, path)
+            if not drawn and some_outlined:
+                unmasked.append(photo.name)
+            mask = path if drawn and some_outlined else None
+            yield Entry(composed(without_ending(Path(name)).as_posix()), photo, present, mask)
 
+    unmasked: list[str] = []
     made = Entries(entries())
     problems += [f"{where}: duplicate id {shown(id)}" for id in duplicates(entry.id for entry in made)]
-    return Listing(classes, short_ids(made), problems), objects
+    origin = Origin(path, path, tuple(_notes(where, unmasked, some_outlined=some_outlined)))
+    return Listing(classes, short_ids(made), problems, origin), objects
 
 
-def _problems_of_images(where: str, columns: _Columns) -> Iterator[list[str]]:
+def _notes(where: str, unmasked: list[str], *, some_outlined: bool) -> Iterator[str]:
+    if not some_outlined:
+        yield f"{where}: no annotation has an outline, so no image has a mask and nothing is scored"
+    elif unmasked:
+        names = ", ".join(map(shown, unmasked[:_NAMED])) + (" and others" if len(unmasked) > _NAMED else "")
+        yield (
+            f"{where}: {len(unmasked)} image{'s have objects' if len(unmasked) > 1 else ' has an object'} without an "
+            f"outline, so it counts for the labels and the image is not scored: {names}"
+        )
+
+
+_NAMED = 20
+"""Images that a message names."""
+
+
+def _problems_of_images(where: str, columns: Columns) -> Iterator[list[str]]:
     heights, widths = columns.sizes[::2], columns.sizes[1::2]
     for id, name, height, width in zip(columns.images, columns.names, heights, widths, strict=True):
         relative = Path(name)
@@ -255,9 +198,10 @@ _LARGEST = 178956970
 
 
 def _placed(
-    path: Path, columns: _Columns, listed: NDArray[np.bool_], categories: list[int]
-) -> tuple[Objects, Iterator[tuple[int, ...]]]:
-    """The annotations in the order of the images that are listed, and these images' labels."""
+    path: Path, columns: Columns, listed: NDArray[np.bool_], categories: list[int]
+) -> tuple[Objects, Iterator[tuple[int, ...]], NDArray[np.bool_]]:
+    """The annotations in the order of the images that are listed, these images' labels, and whether all of an image's
+    annotations can be drawn."""
     images, count = np.array(columns.images), int(listed.sum())
     image, category = _indices(columns.image_of, images), _indices(columns.category_of, np.array(categories))
     moved = np.where(listed, np.cumsum(listed) - 1, -1).astype(np.int32)  # index of an image -> of one that is listed
@@ -277,8 +221,10 @@ def _placed(
     present = np.unique((image.astype(np.int64) * len(categories) + category)[np.asarray(columns.crowd)[order] == 0])
     ends = np.searchsorted(present, bounds * len(categories))
     labels = (tuple((present[ends[i] : ends[i + 1]] % len(categories)).tolist()) for i in range(count))
+    whole = np.ones(count, dtype=bool)
+    whole[image[np.asarray(columns.outlined)[order] == 0]] = False
     columns.forget_annotations()
-    return objects, labels
+    return objects, labels, whole
 
 
 def _indices(wanted: array[int], known: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from cacl.datasets.coco import Objects, read_coco
-from cacl.datasets.entries import Entries, Entry, Listing, MasksIn
+from cacl.datasets.entries import Entries, Entry, Listing, MasksIn, Origin
 from cacl.datasets.listing import read_csv, read_voc
 from cacl.errors import InputError, shown
 from cacl.images import Range, read_image, read_mask
@@ -40,6 +40,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         entries: the images. They are stored in little memory, so that a worker that loads images adds none of its own.
     """
 
+    origin = Origin()
+    """Where it was read from, for messages."""
     range: Range | None = None
     """What the values of deep images span (see :func:`cacl.images.read_image`); by their type if None."""
 
@@ -133,15 +135,17 @@ class VOC(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str) -> None:
-        super().__init__(*sound(read_voc(Path(root), split)))
+        listing = sound(read_voc(Path(root), split))
+        super().__init__(listing.classes, listing.entries)
+        self.origin = listing.origin
 
 
 class InOneFile(Dataset):
     """Images whose masks are drawn from the annotations in a JSON file; it is the mask's path of every image."""
 
-    def __init__(self, classes: Sequence[str], entries: Entries, objects: Objects) -> None:
-        super().__init__(classes, entries)
-        self._listed, self._objects = entries, objects
+    def __init__(self, listing: Listing, objects: Objects) -> None:
+        super().__init__(listing.classes, listing.entries)
+        self.origin, self._listed, self._objects = listing.origin, listing.entries, objects
 
     def mask(self, index: int) -> tv_tensors.Mask:
         self._mask_path(index)
@@ -165,6 +169,10 @@ class COCO(InOneFile):
     pycocotools, which an extra installs: crowds are 255, and over them the objects, the largest first, so that small
     ones stay visible. An image without annotations has no labels, and a mask that is all background.
 
+    An annotation needs no outline to be a label. Where one has none (no ``segmentation``, an empty one, a box or points
+    in its place), nobody knows where its object is: the image has no mask and is not scored. No image has one where no
+    annotation of the file has an outline.
+
     The JSON file is gone through once and never loaded as a whole: opening the 82 783 training images takes some 10
     seconds and 70 MB (``benchmarks/coco.py``).
 
@@ -179,8 +187,7 @@ class COCO(InOneFile):
 
     def __init__(self, root: str | PathLike[str], split: str) -> None:
         listing, objects = read_coco(Path(root), split)
-        classes, entries = sound(listing)
-        super().__init__(classes, entries, objects)
+        super().__init__(sound(listing), objects)
 
 
 class CSVDataset(Dataset):
@@ -199,11 +206,13 @@ class CSVDataset(Dataset):
     """
 
     def __init__(self, root: str | PathLike[str], split: str | None = None) -> None:
-        super().__init__(*sound(read_csv(Path(root), split)))
+        listing = sound(read_csv(Path(root), split))
+        super().__init__(listing.classes, listing.entries)
+        self.origin = listing.origin
 
 
-def sound(listing: Listing) -> tuple[tuple[str, ...], Entries]:
-    """The classes and entries of a listing without problems; else one line for each."""
+def sound(listing: Listing) -> Listing:
+    """A listing without problems; else one line for each."""
     if listing.problems:
         raise InputError("\n".join(listing.problems))
-    return listing.classes, listing.entries
+    return listing

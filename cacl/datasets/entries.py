@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
+from cacl._support.names import existing
 from cacl.errors import quoted
 
 Word = TypeVar("Word", str, int)
@@ -16,6 +17,7 @@ class Entry(NamedTuple):
     """Where an image's files lie, and the indices of its classes."""
 
     id: str
+    """In Unicode's form NFC; files that are made of the image are called by it."""
     image: Path
     labels: tuple[int, ...]
     mask: Path | None
@@ -116,7 +118,18 @@ class MasksIn(Sequence[Entry]):
         if isinstance(index, slice):
             return MasksIn(self._entries[index], self._folder)
         entry = self._entries[index]
-        return entry._replace(mask=self._folder / f"{entry.id}.png")
+        return entry._replace(mask=existing(self._folder / f"{entry.id}.png"))
+
+
+class Origin(NamedTuple):
+    """Where a data set was read from, for messages."""
+
+    listed: Path | None = None
+    """The file that lists its images."""
+    named: Path | None = None
+    """The file that names its classes."""
+    notes: tuple[str, ...] = ()
+    """What is no mistake and should be known, a line each."""
 
 
 class Listing(NamedTuple):
@@ -126,6 +139,7 @@ class Listing(NamedTuple):
     entries: Entries
     problems: list[str]
     """What is wrong, a line each."""
+    origin: Origin = Origin()
 
 
 def outside(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cacl.datasets.coco import coco_splits, read_coco
 from cacl.datasets.dataset import Dataset, InOneFile, sound
 from cacl.datasets.entries import Listing
-from cacl.datasets.listing import read_csv, read_voc, voc_splits
+from cacl.datasets.listing import csv_splits, read_csv, read_voc, voc_splits
 from cacl.errors import InputError, expected, quoted
 from cacl.images import Range
 
@@ -41,6 +41,8 @@ class Format:
     """Whether a ``backgrounds.json`` in its folder is used without being named."""
     segmented: str = ""
     """The split that segmenters are scored on; empty for the one that CAMs are scored on."""
+    disjoint: bool = False
+    """Whether a photo may be in one split only; splits of others may hold each other."""
     drawn: bool = False
     """Whether :func:`cacl.scenes.generate` draws it where it is missing."""
 
@@ -88,18 +90,24 @@ def format_of(root: Path) -> str:
 
 def _csv(root: Path, split: str) -> Part:
     listing = read_csv(root, split or None)
-    return Part(listing, Dataset(listing.classes, listing.entries), root / "dataset.csv")
+    return Part(listing, _plain(listing), root / "dataset.csv")
 
 
 def _voc(root: Path, split: str) -> Part:
     listing = read_voc(root, split)
     lists = root / "ImageSets" / "Segmentation"
-    return Part(listing, Dataset(listing.classes, listing.entries), lists / f"{split}.txt")
+    return Part(listing, _plain(listing), lists / f"{split}.txt")
 
 
 def _coco(root: Path, split: str) -> Part:
     listing, objects = read_coco(root, split)
-    return Part(listing, InOneFile(listing.classes, listing.entries, objects), objects.path)
+    return Part(listing, InOneFile(listing, objects), objects.path)
+
+
+def _plain(listing: Listing) -> Dataset:
+    dataset = Dataset(listing.classes, listing.entries)
+    dataset.origin = listing.origin
+    return dataset
 
 
 def _voc_splits(root: Path) -> list[str]:
@@ -117,10 +125,11 @@ def _coco_splits(root: Path) -> list[str]:
 
 _CSV = Format(
     read=_csv,
-    splits=lambda root: [""],  # all rows at once
+    splits=csv_splits,
     is_here=lambda root: (root / "dataset.csv").is_file(),
     looks="dataset.csv",
     brings_words=True,
+    disjoint=True,
 )
 FORMATS: dict[str, Format] = {
     "csv": _CSV,

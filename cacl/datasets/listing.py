@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from cacl._support.names import composed, existing, without_ending
 from cacl.constants import IGNORE
-from cacl.datasets.entries import Entries, Entry, Listing, duplicates, outside, short_ids
+from cacl.datasets.entries import Entries, Entry, Listing, Origin, duplicates, outside, short_ids
 from cacl.errors import InputError, did_you_mean, quoted, shown
 from cacl.folders import files_of
 
@@ -26,11 +27,11 @@ def read_voc(root: Path, split: str) -> Listing:
     if split == "train_aug":
         masks = root / "SegmentationClassAug"
         val = set(_lines(lists / "val.txt"))
-        ids = [path.stem for path in files_of(masks, "*.png") if path.stem not in val]
+        ids = sorted(id for path in files_of(masks, "*.png") if (id := composed(path.stem)) not in val)
         if not ids:
             raise InputError(f"{masks}: no masks for the split train_aug")
-    elif (lists / f"{split}.txt").is_file():
-        ids = [line.split()[0] for line in _lines(lists / f"{split}.txt")]
+    elif existing(lists / f"{split}.txt").is_file():
+        ids = [line.split()[0] for line in _lines(existing(lists / f"{split}.txt"))]
         if not ids:
             raise InputError(f"{lists / split}.txt: expected an id a line, but it is empty")
     else:
@@ -49,7 +50,7 @@ def read_voc(root: Path, split: str) -> Listing:
 
     def entries() -> Iterator[Entry]:
         for id in dict.fromkeys(ids):
-            annotation = root / "Annotations" / f"{id}.xml"
+            annotation = existing(root / "Annotations" / f"{id}.xml")
             names: list[str] = []
             if os.path.isfile(annotation):
                 try:
@@ -60,13 +61,14 @@ def read_voc(root: Path, split: str) -> Listing:
             elif split != "test":  # the test images' annotations are not public
                 problems.append(f"{shown(annotation)}: no such file")
             problems.extend(f"{shown(annotation)}: unknown class {quoted(name)}" for name in names if name not in index)
-            image, mask = root / "JPEGImages" / f"{id}.jpg", masks / f"{id}.png"
+            image, mask = existing(root / "JPEGImages" / f"{id}.jpg"), existing(masks / f"{id}.png")
             if not os.path.isfile(image):
                 missing.append(f"{shown(image)}: no such file")
             labels = tuple(sorted({index[name] for name in names if name in index}))
             yield Entry(id, image, labels, mask if os.path.isfile(mask) else None)
 
-    return Listing(VOC_CLASSES, Entries(entries()), problems + missing)
+    listed = lists / f"{split}.txt" if split != "train_aug" else masks
+    return Listing(VOC_CLASSES, Entries(entries()), problems + missing, Origin(listed))
 
 
 def read_csv(root: Path, split: str | None) -> Listing:
@@ -87,7 +89,7 @@ def read_csv(root: Path, split: str | None) -> Listing:
     if [name.strip() for name in header] != columns:
         raise InputError(f"{table}: expected the header {','.join(columns)}, but got {quoted(','.join(header))}")
     index = {name: k for k, name in enumerate(classes)}
-    splits = set()
+    splits, split = set(), None if split is None else composed(split)
 
     def read() -> Iterator[Entry]:
         for number, cells in rows:
@@ -97,10 +99,11 @@ def read_csv(root: Path, split: str | None) -> Listing:
                 problems.append(f"{table}: line {number}: expected {len(columns)} columns, but got {len(cells)}")
                 continue
             row = {column: cell.strip() for column, cell in zip(columns, cells, strict=True)}
-            splits.add(row["split"])
-            if split is not None and row["split"] != split:
+            own = composed(row["split"])
+            splits.add(own)
+            if split is not None and own != split:
                 continue
-            names = [name.strip() for name in row["labels"].split(";") if name.strip()]
+            names = [name.strip() for name in composed(row["labels"]).split(";") if name.strip()]
             problems.extend(
                 f"{table}: line {number}: unknown label {quoted(name)}{did_you_mean(name, classes)}"
                 for name in names
@@ -112,14 +115,14 @@ def read_csv(root: Path, split: str | None) -> Listing:
                 if relative.anchor or ".." in relative.parts:  # in Windows, C:x and \\x are not absolute
                     problems.append(f"{table}: line {number}: {outside(relative)}")
                 elif relative.name:
-                    paths[column] = root / relative
+                    paths[column] = existing(root / relative)
                     if not os.path.isfile(paths[column]):  # Path.is_file raises for a name that is too long
                         problems.append(f"{shown(paths[column])}: no such file")
             if "image" not in paths:
                 if not Path(row["image"]).name:
                     problems.append(f"{table}: line {number}: expected an image, but it is empty")
                 continue
-            id = Path(row["image"]).with_suffix("").as_posix()
+            id = composed(without_ending(Path(row["image"])).as_posix())
             labels = tuple(sorted({index[name] for name in names if name in index}))
             yield Entry(id, paths["image"], labels, paths.get("mask"))
 
@@ -129,7 +132,18 @@ def read_csv(root: Path, split: str | None) -> Listing:
         known = ", ".join(sorted(splits)) or "no row"
         wanted = "rows" if split is None else f"rows of split {split!r}"
         raise InputError(f"{table}: expected {wanted}, but there is {known}")
-    return Listing(classes, short_ids(entries), problems)
+    return Listing(classes, short_ids(entries), problems, Origin(table, root / "classes.txt"))
+
+
+def csv_splits(root: Path) -> list[str]:
+    """The splits that the rows of ``dataset.csv`` name; ``""``, which is all rows, where they name none or too many."""
+    splits = dict.fromkeys(composed(cells[-1].strip()) for _, cells in _rows(root / "dataset.csv") if len(cells) == 4)
+    splits.pop("split", None)  # of the header
+    return [""] if not splits or "" in splits or len(splits) > _MOST_SPLITS else list(splits)
+
+
+_MOST_SPLITS = 20
+"""The table is gone through once for each."""
 
 
 def voc_splits(root: Path) -> list[str]:
@@ -165,5 +179,5 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a small text file, stripped, without empty ones."""
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+    """The lines of a small text file, stripped, without empty ones, composed."""
+    return [composed(line.strip()) for line in _text(path).splitlines() if line.strip()]

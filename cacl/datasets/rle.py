@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import importlib
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from cacl.errors import quoted
+
+
+def draws(segmentation: Any) -> bool:
+    """Whether a segmentation is an outline or an RLE that encloses something, or is broken and will be told when it is
+    drawn; not where there is none, an empty one, or a box or points in its place."""
+    if isinstance(segmentation, list):
+        return any(map(_encloses, segmentation))
+    if not isinstance(segmentation, dict):
+        return bool(segmentation)
+    counts = segmentation.get("counts")
+    if isinstance(counts, str) and len(counts) <= _LETTERS:
+        try:
+            counts = uncompressed(counts)
+        except ValueError:
+            return True
+    return any(counts[1::2]) if isinstance(counts, list) else bool(counts)
+
+
+_LETTERS = 8
+"""No single number takes more in COCO's code; an RLE of one number is background alone."""
+
+
+def _encloses(part: Any) -> bool:
+    if not isinstance(part, list):
+        return isinstance(part, dict | str)  # neither a number nor None
+    if len(part) < 6 or isinstance(part[0], list):
+        return False
+    # Else all points lie on one line; mostly the second point tells, and there are many annotations.
+    return all(any(value != part[i] for value in islice(part, i + 2, None, 2)) for i in (0, 1))
 
 
 def runs_of(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:

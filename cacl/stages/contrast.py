@@ -19,7 +19,7 @@ from cacl.errors import InputError, InputTypeError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
-from cacl.prompts import BackgroundSet, PromptSet
+from cacl.prompts import BackgroundSet, PromptSet, words_for
 from cacl.settings import (
     Backgrounds,
     Cosine,
@@ -144,7 +144,10 @@ def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
         return None
     beside = data.root / "backgrounds.json"
     file = words.file or (beside if FORMATS[data.format].brings_words and beside.is_file() else None)
-    return BackgroundSet.from_json(file, words.n) if file else BackgroundSet.built_in(run.train.classes, words.n or 5)
+    classes = run.train.classes
+    if file is None:
+        return BackgroundSet.built_in(classes, words.n or 5)
+    return words_for(classes, file, words.n)
 
 
 def criterion_of(run: Context, settings: CACL) -> Criterion:
