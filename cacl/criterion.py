@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
 from cacl._support.checks import check_choice, check_range, check_tensor, check_words, shape
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, full, reduced
@@ -83,11 +84,7 @@ class CACLLoss(nn.Module):
         normalization: Literal["encoder", "imagenet"] = "encoder",
     ) -> None:
         super().__init__()
-        for member in ("image_size", "mean", "std", "encode_image", "encode_text"):
-            if not hasattr(encoder, member):
-                raise InputTypeError(
-                    f"Expected argument `encoder` to have `{member}`, but {type(encoder).__name__} lacks it."
-                )
+        check_encoder(encoder)
         for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check_range(argument, weight, 0, float("inf"))
         check_choice("normalization", normalization, ("encoder", "imagenet"))
@@ -115,7 +112,7 @@ class CACLLoss(nn.Module):
             background_text = self.selector.prompt_features[:, :0]
         self.register_buffer("_background_text", background_text, persistent=False)
         self.bgs.to(background_text.device)
-        mean, std = (encoder.mean, encoder.std) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
         scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
         shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
         for name, values in (("_scale", scale), ("_shift", shift)):
@@ -145,14 +142,14 @@ class CACLLoss(nn.Module):
             raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
         across = self.training and world_size() > 1
         region = self.region(cams, across=across)
-        size = self.encoder.image_size
+        size = side_of(self.encoder)
         small = resize(images, size) * self._scale + self._shift
         foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
         pairs = len(classes)
         if pairs:
-            features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
-            if features.ndim != 2 or len(features) != 2 * pairs:
-                raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
+            both = torch.cat((foreground_image, background_image))
+            answer: object = self.encoder.encode_image(both)
+            features = check_image_features(answer, both, self.selector.prompt_features.shape[2])
         else:  # without a pair there is nothing to encode; the sums over nothing have a graph still
             features = full(cams).sum() * self.selector.prompt_features[:0, 0]
         foreground, background = features[:pairs], features[pairs:]

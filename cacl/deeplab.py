@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cacl._support.answers import channels_of, check_maps
 from cacl._support.checks import check_positive, check_tensor, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import full
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.constants import IGNORE
-from cacl.errors import InputTypeError, expected
+from cacl.errors import expected
 
 RATES = (6, 12, 18, 24)
 """Dilations of the four 3×3 convolutions on the trunk's features."""
@@ -58,12 +59,7 @@ class DeepLabV2(nn.Module):
             self.backbone: nn.Module = named_backbone(backbone, weights, stride=8).requires_grad_(True)
         else:
             self.backbone = backbone
-        channels = getattr(self.backbone, "out_channels", None)
-        if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
-            raise InputTypeError(
-                "Expected argument `backbone` to be a ResNet's name or a module with an integer `out_channels`, "
-                f"but got {type(backbone).__name__}."
-            )
+        channels = channels_of(self.backbone)
         for norm in self._frozen():
             norm.requires_grad_(False)
         branches = [nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in RATES]
@@ -96,10 +92,8 @@ class DeepLabV2(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
-        features = self.backbone(images)
         branches: Sequence[nn.Conv2d] = self.aspp  # type: ignore[assignment]
-        if features.ndim != 4 or features.shape[1] != branches[0].in_channels:
-            raise expected("backbone", f"giving (B, {branches[0].in_channels}, h, w)", shape(features))
+        features = check_maps(self.backbone(images), images, branches[0].in_channels)
         total: Tensor = branches[0](features)
         for branch in list(branches)[1:]:
             total = total + branch(features)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from cacl._support.answers import check_text_features
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
@@ -257,13 +258,8 @@ def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_siz
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
     check_positive("batch_size", batch_size)
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
-    chunks = [encoder.encode_text(unique[i : i + batch_size]).float() for i in range(0, len(unique), batch_size)]
-    features = unit(torch.cat(chunks))
-    if features.shape[0] != len(unique) or features.ndim != 2:
-        raise InputError(
-            f"Expected `encoder.encode_text` to return ({len(unique)}, D) for {len(unique)} texts, "
-            f"but got shape {tuple(features.shape)}."
-        )
+    parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
+    features = unit(torch.cat([check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]))
     row = {text: i for i, text in enumerate(unique)}
     result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
     for k, list_ in enumerate(texts):
