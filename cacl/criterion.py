@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
-from cacl._support.checks import check_choice, check_range, check_tensor, check_words, shape
+from cacl._support.checks import check_choice, check_labels, check_range, check_tensor, check_words, shape
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, full, reduced
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -129,17 +129,19 @@ class CACLLoss(nn.Module):
         Args:
             images: ``(B, 3, H, W)``, normalised with ImageNet's statistics.
             cams: ``(B, K, h, w)`` in [0, 1].
-            labels: ``(B, K)``, zero or not. On the CPU, so that no step waits for the device.
+            labels: ``(B, K)``, 0 or 1. On the CPU, so that no step waits for the device.
+
+        Raises:
+            ValueError: if shapes or devices do not go together, a label is neither 0 nor 1, or what the encoder gives
+                is not ``(N, D)``, finite and differentiable. Values are looked at on the CPU only.
+            TypeError: if an argument, or what the encoder gives, is of another type.
         """
         check_tensor("images", images, "(B, 3, H, W)")
         if images.shape[1] != 3:
             raise expected("images", "a tensor (B, 3, H, W)", shape(images))
-        if not isinstance(labels, Tensor):
-            raise InputTypeError(
-                f"Expected argument `labels` to be a tensor (B, {len(self.names)}), but got {type(labels).__name__}."
-            )
-        if labels.ndim != 2 or labels.shape[1] != len(self.names):
-            raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
+        if images.device != self._scale.device:
+            raise expected("images", f"on {self._scale.device}, as the loss is, which .to() moves", images.device)
+        check_labels(labels, len(self.names))
         across = self.training and world_size() > 1
         region = self.region(cams, across=across)
         size = side_of(self.encoder)

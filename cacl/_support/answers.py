@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cacl._support.checks import shape
+from cacl._support.checks import kind_of, shape
 from cacl.errors import InputError, InputTypeError, quoted
 
 _MEANT = ("image_embeds", "text_embeds", "pooler_output", "out", "features")
@@ -22,8 +22,6 @@ def described(value: object) -> str:
     """What came in place of a tensor, and how the tensor is got from it."""
     if isinstance(value, type):
         return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"
-    if isinstance(value, np.ndarray):
-        return f"{type(value).__name__}; torch.from_numpy makes a tensor of it"
     if isinstance(value, Mapping):
         held = ", ".join(repr(key) for key in [*value][:4]) or "nothing"
         meant = next((name for name in _MEANT if name in value), None)
@@ -32,7 +30,7 @@ def described(value: object) -> str:
         held = ", ".join(type(each).__name__ for each in value[:4]) or "nothing"
         return f"{type(value).__name__} of {held}; give the tensor alone"
     meant = next((name for name in _MEANT if name in getattr(value, "__dict__", {})), None)
-    return type(value).__name__ + (f"; give its `{meant}`" if meant else "")
+    return kind_of(value) + (f"; give its `{meant}`" if meant else "")
 
 
 def check_answer(expecting: str, answer: object, sizes: tuple[int | None, ...], wanted: str) -> Tensor:
@@ -139,6 +137,33 @@ def _numbers(member: str, given: Any) -> tuple[float, ...]:
     if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
         raise InputError(wanted)
     return numbers
+
+
+def check_terms(terms: Any) -> None:
+    """Require what a criterion gives to be a NamedTuple with a ``total``: a scalar with a gradient."""
+    wanted = "Expected argument `criterion` to return a NamedTuple with a `total`"
+    if not hasattr(terms, "_asdict"):
+        raise InputTypeError(f"{wanted}, but got {type(terms).__name__}.")
+    total = getattr(terms, "total", None)
+    if not isinstance(total, Tensor):
+        came = "no `total`" if total is None else f"a `total` that is {type(total).__name__}"
+        raise InputTypeError(f"{wanted}, a tensor, but got {came} in {type(terms).__name__}.")
+    if total.shape != () or not total.is_floating_point():
+        raise InputError(f"{wanted}, a scalar of a floating point type, but got {shape(total)} of {total.dtype}.")
+    if not total.requires_grad:
+        raise InputError(f"{wanted} that has a gradient, but the one that came (detached?) would train nothing.")
+
+
+def check_given(encoder: object, backbone: object, criterion: object) -> None:
+    """Require what is given to a run to be objects, where it is given: a class in the place of one is seen at once."""
+    if isinstance(encoder, type):
+        check_encoder(encoder)
+    if backbone is not None and not isinstance(backbone, nn.Module):
+        channels_of(backbone)
+    if isinstance(criterion, type):
+        raise InputTypeError(f"Expected argument `criterion` to be an object, but got {described(criterion)}.")
+    if criterion is not None:
+        check_callable("criterion", criterion)
 
 
 def check_callable(argument: str, value: object) -> None:
