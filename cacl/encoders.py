@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import importlib
+import io
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.torchscript import is_torchscript, read_torchscript
-from cacl._support.weights import check_inflated, check_weights
+from cacl._support.unwrapped import one_state, tensor_names
+from cacl._support.weights import check_inflated, check_weights, load_state
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.embedded import TwoTowers, load_towers
 from cacl.errors import InputError, did_you_mean, first_line
+
+logger = logging.getLogger("cacl")
 
 
 @runtime_checkable
@@ -51,7 +57,8 @@ def load_encoder(
 
     Args:
         name: a model of OpenAI's CLIP such as ``"ViT-B/32"`` (downloaded once, checked by its hash), the path of a
-            CLIP checkpoint (a state dict or OpenAI's TorchScript archive), ``"open_clip:MODEL/PRETRAINED"``, or
+            CLIP checkpoint (OpenAI's TorchScript archive, or a state dict, also as a training leaves it: in another
+            dict or under ``module.``; the activation is OpenAI's), ``"open_clip:MODEL/PRETRAINED"``, or
             ``"scenes"``, a small one that comes with the package and knows the world of :mod:`cacl.scenes` only.
         device: where it goes; the CPU by default.
         root: folder for downloads; the library's own default if not given.
@@ -218,23 +225,69 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint, read without running code."""
-    try:
-        check_inflated(path)
-        torchscript = is_torchscript(path)
-        state = read_torchscript(path) if torchscript else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; each means that the file is something else
-        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {first_line(error)}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    """The state dict of the CLIP model in a checkpoint, read without running code."""
+    content = _read_archive(path) if is_torchscript(path) else load_state(path, kind="CLIP", foreign=True)
+    names = tensor_names(content)
+    if not names:
         raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
+    for part, what in _OTHERS.items():
+        if any(name.startswith(part) or f".{part}" in name for name in names):
+            raise InputError(f"{path}: {what.format(path=path)}.")
+    if {"epoch", "name", "state_dict"} <= content.keys():
+        raise InputError(
+            f"{path}: is of a training by open_clip ('epoch', 'name', 'state_dict'), and does not say which activation "
+            f"the model has: load it with its name there, such as open_clip:ViT-B-32/{path}, or, for OpenAI's "
+            "activation, save its 'state_dict' alone."
+        )
+    state = one_state(content, "token_embedding.weight", path, "CLIP model")
+    if state is None:
+        state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     check_weights(path, state)
     return state
+
+
+_OTHERS = {
+    "visual.trunk.": "is of a model whose image tower is timm's ('visual.trunk.'): load it with its name in open_clip, "
+    "open_clip:MODEL/{path}",
+    "text.token_embedding.": "is of a model of open_clip with a text tower of its own ('text.'): load it with its name "
+    "there, open_clip:MODEL/{path}",
+    "text.transformer.": "is of a model of open_clip with a text tower of its own ('text.'): load it with its name "
+    "there, open_clip:MODEL/{path}",
+    "text_model.embeddings.": "has the names of the library transformers ('text_model.'): give its model as an encoder "
+    "of your own, or OpenAI's checkpoint of it",
+}
+"""Names of parameters in checkpoints of other models, and what to do with these."""
+
+
+def _read_archive(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a TorchScript archive; its code is not run."""
+    try:
+        check_inflated(path)
+        return read_torchscript(path)
+    except Exception as error:  # of many kinds; each means that the file is something else
+        reason = first_line(error)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() not in _clip_hashes():
+        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {reason}")
+    logger.info("%s: read by torch.jit.load, as it is OpenAI's own by its hash (%s)", path, reason)
+    state: Mapping[str, Tensor] = torch.jit.load(  # type: ignore[no-untyped-call]
+        io.BytesIO(content), map_location="cpu"
+    ).state_dict()
+    return state
+
+
+def _clip_hashes() -> set[str]:
+    """SHA-256 of the files that the library clip downloads, which stand in their addresses."""
+    models: dict[str, str] = _import_clip().clip._MODELS
+    return {url.split("/")[-2] for url in models.values()}
 
 
 def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     clip = _import_clip()
     needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
     missing = [key for key in needed if key not in state]
+    # Of the loss that CLIP was trained with: they encode nothing, and one may be missing, the other too many.
+    state = {"logit_scale": torch.zeros(()), **{name: value for name, value in state.items() if name != "logit_bias"}}
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
     context, vocabulary = (
