@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import importlib
-import io
-import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cacl._support.torchscript import is_torchscript, read_torchscript
-from cacl._support.unwrapped import one_state, tensor_names
-from cacl._support.weights import check_inflated, check_weights, load_state
+from cacl._support.clip_checkpoint import read_clip
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.embedded import TwoTowers, load_towers
 from cacl.errors import InputError, did_you_mean, first_line
-
-logger = logging.getLogger("cacl")
 
 
 @runtime_checkable
@@ -73,7 +66,7 @@ def load_encoder(
     elif name == "scenes":
         encoder = ScenesEncoder(load_towers())
     elif Path(name).is_file():
-        encoder = CLIPEncoder(_build_clip(_read_checkpoint(Path(name)), name))
+        encoder = CLIPEncoder(_build_clip(read_clip(Path(name), _clip_hashes), name))
     else:
         encoder = CLIPEncoder(_build_clip(_download_clip(name, root), name))
     return encoder.to(device) if device is not None else encoder
@@ -216,64 +209,12 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
         )
     folder = Path(root) if root is not None else Path.home() / ".cache" / "clip"
     try:
-        return _read_checkpoint(Path(clip.clip._download(models[name], str(folder))))
+        return read_clip(Path(clip.clip._download(models[name], str(folder))), _clip_hashes)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise InputError(
             f"CLIP {name} is not in {folder} and could not be downloaded ({error}); "
             "give the path of its checkpoint instead."
         ) from None
-
-
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The state dict of the CLIP model in a checkpoint, read without running code."""
-    content = _read_archive(path) if is_torchscript(path) else load_state(path, kind="CLIP", foreign=True)
-    names = tensor_names(content)
-    if not names:
-        raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
-    for part, what in _OTHERS.items():
-        if any(name.startswith(part) or f".{part}" in name for name in names):
-            raise InputError(f"{path}: {what.format(path=path)}.")
-    if {"epoch", "name", "state_dict"} <= content.keys():
-        raise InputError(
-            f"{path}: is of a training by open_clip ('epoch', 'name', 'state_dict'), and does not say which activation "
-            f"the model has: load it with its name there, such as open_clip:ViT-B-32/{path}, or, for OpenAI's "
-            "activation, save its 'state_dict' alone."
-        )
-    state = one_state(content, "token_embedding.weight", path, "CLIP model")
-    if state is None:
-        state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    check_weights(path, state)
-    return state
-
-
-_OTHERS = {
-    "visual.trunk.": "is of a model whose image tower is timm's ('visual.trunk.'): load it with its name in open_clip, "
-    "open_clip:MODEL/{path}",
-    "text.token_embedding.": "is of a model of open_clip with a text tower of its own ('text.'): load it with its name "
-    "there, open_clip:MODEL/{path}",
-    "text.transformer.": "is of a model of open_clip with a text tower of its own ('text.'): load it with its name "
-    "there, open_clip:MODEL/{path}",
-    "text_model.embeddings.": "has the names of the library transformers ('text_model.'): give its model as an encoder "
-    "of your own, or OpenAI's checkpoint of it",
-}
-"""Names of parameters in checkpoints of other models, and what to do with these."""
-
-
-def _read_archive(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a TorchScript archive; its code is not run."""
-    try:
-        check_inflated(path)
-        return read_torchscript(path)
-    except Exception as error:  # of many kinds; each means that the file is something else
-        reason = first_line(error)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() not in _clip_hashes():
-        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {reason}")
-    logger.info("%s: read by torch.jit.load, as it is OpenAI's own by its hash (%s)", path, reason)
-    state: Mapping[str, Tensor] = torch.jit.load(  # type: ignore[no-untyped-call]
-        io.BytesIO(content), map_location="cpu"
-    ).state_dict()
-    return state
 
 
 def _clip_hashes() -> set[str]:

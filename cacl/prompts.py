@@ -15,6 +15,7 @@ from torch import Tensor
 from cacl._support.answers import check_text_features
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
+from cacl._support.words import read_words
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
 if TYPE_CHECKING:
@@ -222,22 +223,20 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
     def parse(answer: str) -> tuple[str, ...]:
         """Read the words out of an answer to :meth:`query`: one a line or with commas, numbered, bulleted or quoted.
 
+        Explanations after a word, sentences before and after the list, code blocks, tables, JSON and what a model
+        thought before are understood too.
+
+        Returns:
+            The words in lower case, each once.
+
         Raises:
-            ValueError: if no word is found.
+            ValueError: if no word is found, or a line could be a word or something else; shows the line.
 
         Example:
             >>> BackgroundSet.parse('1. Water\\n2. "pier"\\n- water')
             ('water', 'pier')
         """
-        lines = [line for line in answer.splitlines() if line.strip() and not line.rstrip().endswith(":")]
-        parts = (
-            part for line in lines for part in re.split(r"[,;]", re.sub(r"^\s*(\(?\d+\s*[.):]|[-*•–—+])\s*", "", line))
-        )
-        words = (re.sub(r"^and\s+", "", part.strip(" \t.\"'`*[]\u2018\u2019\u201c\u201d")).lower() for part in parts)
-        found = tuple(dict.fromkeys(word for word in words if word))
-        if not found:
-            raise expected("answer", "a list of words", repr(answer))
-        return found
+        return read_words(answer)
 
 
 def _key(name: str) -> str:
