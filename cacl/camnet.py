@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
-from cacl._support.checks import check_choice, check_positive, check_tensor
+from cacl._support.checks import check_choice, check_classes, check_positive, check_tensor
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.errors import expected
@@ -103,6 +103,9 @@ class CAMNet(nn.Module):
         check_choice("activation", activation, ("relu", "sigmoid"))
         if not scales or min(scales) <= 0:
             raise expected("scales", "positive factors, at least one", tuple(scales))
+        if classes is not None:
+            classes = torch.as_tensor(classes)
+            check_classes(classes.long() if not len(classes) else classes, len(classes), self.num_classes)
         height, width = images.shape[-2:]
         if classes is not None and not len(classes):
             return images.new_zeros(len(images), 0, *(size or (height, width)), dtype=torch.float32)

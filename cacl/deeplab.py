@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
-from cacl._support.checks import check_positive, check_tensor, shape
+from cacl._support.checks import check_positive, check_tensor, kind_of, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import full
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.constants import IGNORE
-from cacl.errors import expected
+from cacl.errors import InputTypeError, expected
 
 RATES = (6, 12, 18, 24)
 """Dilations of the four 3×3 convolutions on the trunk's features."""
@@ -153,8 +153,7 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
         >>> segmentation_loss([torch.zeros(1, 2, 3, 3)], torch.zeros(1, 6, 6, dtype=torch.uint8))
         tensor(0.6931)
     """
-    if not logits:
-        raise expected("logits", "at least one tensor (B, C, h, w)", "none")
+    _check_masks(masks, logits)
     terms, counts = [], []
     for values in logits:
         check_tensor("logits", values, "(B, C, h, w)")
@@ -168,6 +167,25 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
     if across and world_size() > 1:
         valid = all_reduce_sum(valid) / world_size()
     return (torch.stack(terms) / valid.clamp(min=1 / world_size() if across else 1)).sum()
+
+
+def _check_masks(masks: object, logits: object) -> None:
+    """Require masks of an integer type, one an image; on the CPU, where it costs no wait, of classes that there are."""
+    if not isinstance(logits, list | tuple) or not logits:
+        kind = "none" if isinstance(logits, list | tuple) else kind_of(logits)
+        raise expected("logits", "at least one tensor (B, C, h, w), in a list", kind)
+    check_tensor("logits", logits[0], "(B, C, h, w)")
+    images, classes = logits[0].shape[:2]
+    if not isinstance(masks, Tensor):
+        raise InputTypeError(f"Expected argument `masks` to be a tensor ({images}, H, W), but got {kind_of(masks)}.")
+    if masks.ndim != 3 or len(masks) != images:
+        raise expected("masks", f"a tensor ({images}, H, W)", shape(masks))
+    if masks.dtype == torch.bool or masks.is_floating_point():
+        raise InputTypeError(f"Expected argument `masks` to be of an integer type, but got {masks.dtype}.")
+    if masks.device.type == "cpu":
+        wrong = masks[(masks < 0) | ((masks >= classes) & (masks != IGNORE))]
+        if len(wrong):
+            raise expected("masks", f"in [0, {classes - 1}] or {IGNORE} (ignored)", int(wrong[0]))
 
 
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,10 @@ class OpenCLIPEncoder(_Frozen):
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model)
         size = model.visual.image_size
-        self.image_size = int(size if isinstance(size, int) else size[0])
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise InputError(f"Expected an open_clip model that sees squares, but this one sees {height} x {width}.")
+        self.image_size = int(height)
         self.mean = tuple(getattr(model.visual, "image_mean", None) or CLIP_MEAN)
         self.std = tuple(getattr(model.visual, "image_std", None) or CLIP_STD)
         self._tokenizer = tokenizer
@@ -143,15 +147,30 @@ class OpenCLIPEncoder(_Frozen):
             raise ImportError(f"open_clip models need an extra: pip install 'cacl[open-clip]' ({error})") from None
         if model not in open_clip.list_models():
             raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
-        try:
+        try:  # the words first: what they need may be missing, and the weights are large
+            tokenizer = open_clip.get_tokenizer(model)
             network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
         except Exception as error:  # of many kinds, if PRETRAINED is no file of such weights
+            if isinstance(error, ImportError) or re.search("pip install|need to have .* installed", str(error)):
+                raise _lacking(name, error) from None
             raise InputError(f"open_clip:{name}: {first_line(error)}") from None
-        return cls(network, open_clip.get_tokenizer(model))
+        return cls(network, tokenizer)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         tokens: Tensor = self._tokenizer(texts)
         return tokens
+
+
+_FOR_WORDS = ("transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken")
+"""What models whose words are not CLIP's need: SigLIP, and those with a text tower of transformers."""
+
+
+def _lacking(name: str, error: Exception) -> ImportError:
+    """That an open_clip model needs a library which its extra does not bring, and what brings it."""
+    text = f"{getattr(error, 'name', None) or ''} {error}".lower()
+    needed = "transformers sentencepiece protobuf" if any(word in text for word in _FOR_WORDS) else ""
+    missing = needed or getattr(error, "name", None) or "'cacl[open-clip]'"
+    return ImportError(f"open_clip:{name} needs more than its extra: pip install {missing} ({first_line(error)})")
 
 
 class ScenesEncoder(_Frozen):
@@ -175,7 +194,10 @@ def _import_clip() -> ModuleType:
         with _pkg_resources():
             return importlib.import_module("clip")
     except ImportError as error:
-        raise ImportError(f"CLIP models need the package clip-anytorch: pip install clip-anytorch ({error})") from None
+        also = f" {error.name}" if error.name and not error.name.startswith("clip") else ""  # which clip itself imports
+        raise ImportError(
+            f"CLIP models need the package clip-anytorch: pip install clip-anytorch{also} ({error})"
+        ) from None
 
 
 @contextmanager

@@ -154,19 +154,29 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
 
     @classmethod
     def built_in(cls, names: Sequence[str], n: int = 5) -> BackgroundSet:
-        """This package's words for ``names``, where VOC's or COCO's list knows all of them.
+        """This package's words for ``names``: VOC's or COCO's list where one knows all of them, else of each its own.
+
+        Where both lists are needed, a word that is one of ``names`` is left out, and another takes its place.
 
         Raises:
-            ValueError: if neither list knows all the names; names the first unknown one.
+            ValueError: if neither list knows a name; says which, and what it may have meant.
         """
-        for known in (cls.voc(n), cls.coco(n)):
+        names = check_words("names", names)
+        lists = cls.coco(n), cls.voc(n)
+        for known in reversed(lists):
             if all(name in known for name in names):
                 return known
-        unknown = next((name for name in names if name not in cls.voc(n) and name not in cls.coco(n)), names[0])
-        raise InputError(
-            f"There are no built-in background words for {unknown!r}: give `backgrounds` (in a configuration "
-            "[backgrounds] file) with words for every class."
-        )
+        unknown = [name for name in names if not any(name in known for known in lists)]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            hint = did_you_mean(unknown[0].lower(), {name for known in lists for name in known})
+            raise InputError(
+                f"There are no built-in background words for {unknown[0]!r}{more}{hint}{' Or' if hint else ':'} give "
+                "`backgrounds` (in a configuration [backgrounds] file) with words for every class."
+            )
+        whole, taken = (cls.coco(7), cls.voc(7)), {_key(name) for name in names}
+        found = {name: next(known[name] for known in whole if name in known) for name in names}
+        return cls({name: [word for word in words if _key(word) not in taken][:n] for name, words in found.items()})
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
         if not isinstance(name, str) or _key(name) not in self._names:
@@ -208,7 +218,10 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
         names = check_words("names", names)
         for name in names:
             if name not in self:
-                raise InputError(f"no background words for class {name!r}{did_you_mean(name, self)}")
+                raise InputError(
+                    f"no background words for class {name!r}{did_you_mean(name, self)}; give `backgrounds` (in a "
+                    "configuration [backgrounds] file) with words for every class"
+                )
         return _encode(encoder, [self.texts(name, prompts) for name in names], batch_size)
 
     @staticmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cacl.errors import InputError, InputTypeError, expected
@@ -29,6 +31,26 @@ def check_tensor(argument: str, value: object, dims: str) -> None:
         raise InputTypeError(f"Expected argument `{argument}` to be of a floating point type, but got {value.dtype}.")
     if value.ndim != dims.count(",") + 1:
         raise expected(argument, f"a tensor {dims}", shape(value))
+
+
+def as_array(argument: str, value: object, dims: str = "", *, numbers: bool = False) -> NDArray[Any]:
+    """An array, or a tensor on any device, or nested lists, as an array of integers, or with ``numbers`` of real ones.
+
+    ``dims`` names as many dimensions as it has, for example ``"(H, W)"``; empty for any number.
+    """
+    try:
+        if isinstance(value, Tensor):
+            value = (value.detach().float() if value.dtype == torch.bfloat16 else value.detach()).cpu().numpy()
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors that are sparse or have no values
+        array = np.asarray(None)
+    kind = array.dtype if array.dtype.kind in "fcmMUS" or isinstance(value, np.ndarray) else type(value).__name__
+    if array.dtype.kind not in ("fiub" if numbers else "iub") and array.size:
+        wanted = "real numbers" if numbers else "integers"
+        raise InputTypeError(f"Expected argument `{argument}` to hold {wanted}, but got {kind}.")
+    if dims and array.ndim != len(dims.rstrip(",)").split(",")):
+        raise expected(argument, f"an array {dims}", f"shape {array.shape}")
+    return array
 
 
 def check_same_shape(dims: str, **tensors: Tensor) -> None:
