@@ -50,7 +50,7 @@ class CACLLoss(nn.Module):
         encoder: the image-text encoder.
         names: the K class names.
         prompts: context templates; the paper's four by default.
-        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list knows all ``names``.
+        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list has each of ``names``.
         alpha: weight of the image-text contrastive loss.
         beta: weight of the background suppression loss; 0 leaves it out.
         gamma: weight of the region loss.
@@ -61,7 +61,7 @@ class CACLLoss(nn.Module):
 
     Raises:
         ValueError: if a setting is out of range, or shapes do not go together.
-        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`.
+        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`, or one is of another type.
     """
 
     _scale: Tensor

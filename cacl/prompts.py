@@ -271,7 +271,10 @@ def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_siz
     check_positive("batch_size", batch_size)
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
     parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
-    features = unit(torch.cat([check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]))
+    chunks = [check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]
+    if len(widths := {chunk.shape[1] for chunk in chunks}) > 1:
+        raise InputError(f"Expected `encoder.encode_text` to return features of one length, but got {sorted(widths)}.")
+    features = unit(torch.cat(chunks))
     row = {text: i for i, text in enumerate(unique)}
     result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
     for k, list_ in enumerate(texts):
