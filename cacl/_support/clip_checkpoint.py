@@ -31,7 +31,7 @@ def read_clip(path: Path, trusted: Callable[[], set[str]]) -> Mapping[str, Tenso
     """
     content = _read_archive(path, trusted) if is_torchscript(path) else load_state(path, kind="CLIP", foreign=True)
     names = tensor_names(content)
-    if not names:
+    if content and not names:
         raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
     for part, what in _OTHERS.items():
         if any(name.startswith(part) or f".{part}" in name for name in names):
@@ -69,7 +69,7 @@ def _read_archive(path: Path, trusted: Callable[[], set[str]]) -> Mapping[str, T
         return read_torchscript(path)
     except Exception as error:  # of many kinds; each means that the file is something else
         reason = first_line(error)
-    content = path.read_bytes()
+    content = path.read_bytes() if path.stat().st_size < 2**31 else b""  # the largest has 1.3 GB
     if hashlib.sha256(content).hexdigest() not in trusted():
         raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {reason}")
     logger.info("%s: read by torch.jit.load, as it is OpenAI's own by its hash (%s)", path, reason)
