@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from cacl._support.unwrapped import one_state
 from cacl._support.weights import check_weights, load_state
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.embedded import Trunk, load_trunk
@@ -117,7 +117,8 @@ _PARTS = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": (
 def load_converted(backbone: nn.Module, path: Path) -> bool:
     """Load the weights of a ResNet into one of :class:`cacl.backbones.ResNet`.
 
-    Known are torchvision's names, with anything before them (``backbone.layer1.0.conv1.weight``), and those of the
+    Known are torchvision's names, with anything before them (``backbone.layer1.0.conv1.weight``) and in other dicts
+    (``{"state_dict": …}``), and those of the
     DeepLab weights that were converted from Caffe (``layer2.block1.reduce.conv.weight``). The latter are for images in
     blue, green, red of 0 … 255 less a mean, which the first convolution takes over here.
 
@@ -125,16 +126,15 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
         Whether they are from Caffe, where strides lie on the 1×1 convolutions.
 
     Raises:
-        ValueError: if the file is no checkpoint, or not all of the backbone is in it; says how much is.
+        ValueError: if the file is no checkpoint, has the weights of several, or not all of the backbone is in it; says
+            how much is.
     """
-    found = _flat(load_state(path))
-    caffe = any(name.endswith(_CAFFE_BLOCK) for name in found)
-    marker = _CAFFE_BLOCK if caffe else "layer1.0.conv1.weight"
-    prefixes = [name.removesuffix(marker) for name in found if name.endswith(marker)]
-    if len(prefixes) > 1:
-        raise InputError(f"{path}: expected the weights of one ResNet, but it has {', '.join(map(repr, prefixes))}")
-    translate, prefix = _caffe_name if caffe else _torchvision_name, "".join(prefixes)
-    inside = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    content = load_state(path, foreign=True)
+    inside = one_state(content, _CAFFE_BLOCK, path, "ResNet")
+    caffe = inside is not None
+    if inside is None:
+        inside = one_state(content, "layer1.0.conv1.weight", path, "ResNet") or {}
+    translate = _caffe_name if caffe else _torchvision_name
     state = {own: value for name, value in inside.items() if (own := translate(name)) is not None}
     wanted = {k: v for k, v in backbone.state_dict().items() if not k.endswith(("num_batches_tracked", "_extra_state"))}
     fitting = [k for k, v in wanted.items() if k in state and state[k].shape == v.shape]
@@ -150,14 +150,6 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
         _take_over_input(state)
     backbone.load_state_dict({**backbone.state_dict(), **{name: state[name] for name in wanted}})
     return caffe
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, which may lie in another dict beside an optimiser's."""
-    for name in ("state_dict", "model_state_dict", "model", "weights"):
-        if isinstance(state.get(name), Mapping):
-            state = state[name]
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _torchvision_name(name: str) -> str | None:

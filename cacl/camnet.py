@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._support.checks import check_choice, check_positive, check_tensor, shape
+from cacl._support.answers import channels_of, check_maps
+from cacl._support.checks import check_choice, check_classes, check_positive, check_tensor
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
-from cacl.errors import InputTypeError, expected
+from cacl.errors import expected
 
 
 class CAMOutput(NamedTuple):
@@ -53,13 +54,7 @@ class CAMNet(nn.Module):
         check_positive("num_classes", num_classes)
         self.num_classes = num_classes
         self.backbone = named_backbone(backbone, weights) if isinstance(backbone, str) else backbone
-        channels = getattr(self.backbone, "out_channels", None)
-        if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
-            raise InputTypeError(
-                "Expected argument `backbone` to be a ResNet's name or a module with an integer `out_channels`, "
-                f"but got {type(backbone).__name__}."
-            )
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
+        self.classifier = nn.Conv2d(channels_of(self.backbone), num_classes, 1, bias=False)
 
     def forward(self, images: Tensor) -> CAMOutput:
         """``(B, 3, H, W)`` normalised images -> :class:`CAMOutput` at the backbone's stride."""
@@ -73,9 +68,7 @@ class CAMNet(nn.Module):
     def scores(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, h, w)`` before the sigmoid."""
         check_tensor("images", images, "(B, 3, H, W)")
-        features = self.backbone(images)
-        if features.ndim != 4 or features.shape[1] != self.classifier.in_channels:
-            raise expected("backbone", f"giving (B, {self.classifier.in_channels}, h, w)", shape(features))
+        features = check_maps(self.backbone(images), images, self.classifier.in_channels)
         scores: Tensor = self.classifier(features)
         return scores
 
@@ -110,6 +103,9 @@ class CAMNet(nn.Module):
         check_choice("activation", activation, ("relu", "sigmoid"))
         if not scales or min(scales) <= 0:
             raise expected("scales", "positive factors, at least one", tuple(scales))
+        if classes is not None:
+            classes = torch.as_tensor(classes)
+            check_classes(classes.long() if not len(classes) else classes, len(classes), self.num_classes)
         height, width = images.shape[-2:]
         if classes is not None and not len(classes):
             return images.new_zeros(len(images), 0, *(size or (height, width)), dtype=torch.float32)

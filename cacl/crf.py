@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._support.checks import check_choice, check_integer, check_range
+from cacl._support.checks import as_array, check_choice, check_integer, check_range
 from cacl._support.permutohedral import GaussianFilter
 from cacl.errors import InputError, InputTypeError, expected
 
@@ -53,7 +53,8 @@ class DenseCRF:
     ) -> None:
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-            raise InputTypeError(f"Expected argument `image` to be a uint8 array (H, W, 3), but got {kind}.")
+            hint = "; image.permute(1, 2, 0).numpy() makes one of (3, H, W)" if kind == "Tensor" else ""
+            raise InputTypeError(f"Expected argument `image` to be a uint8 array (H, W, 3), but got {kind}{hint}.")
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise expected("image", "an array (H, W, 3)", f"shape {image.shape}")
         for name, values, count in (("gaussian", gaussian, 2), ("bilateral", bilateral, 3)):
@@ -82,10 +83,8 @@ class DenseCRF:
             ValueError: if the shape or type does not fit, or a probability is NaN, infinite or negative.
         """
         check_integer("iterations", iterations, 0)
-        given = np.asarray(probabilities)
+        given = as_array("probabilities", probabilities, numbers=True)
         size = self.image.shape[:2]
-        if given.dtype.kind not in "fiub":
-            raise InputTypeError(f"Expected argument `probabilities` to hold real numbers, but got {given.dtype}.")
         if given.ndim not in (3, 4) or 0 in given.shape[:-2]:
             raise expected("probabilities", "an array (L, H, W) or (S, L, H, W)", f"shape {given.shape}")
         if given.shape[-2:] != size:

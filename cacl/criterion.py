@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._support.checks import check_choice, check_range, check_tensor, check_words, shape
+from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
+from cacl._support.checks import check_choice, check_labels, check_range, check_tensor, check_words, shape
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, full, reduced
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -49,7 +50,7 @@ class CACLLoss(nn.Module):
         encoder: the image-text encoder.
         names: the K class names.
         prompts: context templates; the paper's four by default.
-        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list knows all ``names``.
+        backgrounds: background words; the built-in ones by default, if VOC's or COCO's list has each of ``names``.
         alpha: weight of the image-text contrastive loss.
         beta: weight of the background suppression loss; 0 leaves it out.
         gamma: weight of the region loss.
@@ -60,7 +61,7 @@ class CACLLoss(nn.Module):
 
     Raises:
         ValueError: if a setting is out of range, or shapes do not go together.
-        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`.
+        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`, or one is of another type.
     """
 
     _scale: Tensor
@@ -83,11 +84,7 @@ class CACLLoss(nn.Module):
         normalization: Literal["encoder", "imagenet"] = "encoder",
     ) -> None:
         super().__init__()
-        for member in ("image_size", "mean", "std", "encode_image", "encode_text"):
-            if not hasattr(encoder, member):
-                raise InputTypeError(
-                    f"Expected argument `encoder` to have `{member}`, but {type(encoder).__name__} lacks it."
-                )
+        check_encoder(encoder)
         for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check_range(argument, weight, 0, float("inf"))
         check_choice("normalization", normalization, ("encoder", "imagenet"))
@@ -115,7 +112,7 @@ class CACLLoss(nn.Module):
             background_text = self.selector.prompt_features[:, :0]
         self.register_buffer("_background_text", background_text, persistent=False)
         self.bgs.to(background_text.device)
-        mean, std = (encoder.mean, encoder.std) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
         scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
         shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
         for name, values in (("_scale", scale), ("_shift", shift)):
@@ -132,27 +129,29 @@ class CACLLoss(nn.Module):
         Args:
             images: ``(B, 3, H, W)``, normalised with ImageNet's statistics.
             cams: ``(B, K, h, w)`` in [0, 1].
-            labels: ``(B, K)``, zero or not. On the CPU, so that no step waits for the device.
+            labels: ``(B, K)``, 0 or 1. On the CPU, so that no step waits for the device.
+
+        Raises:
+            ValueError: if shapes or devices do not go together, a label is neither 0 nor 1, or what the encoder gives
+                is not ``(N, D)``, finite and differentiable. Values are looked at on the CPU only.
+            TypeError: if an argument, or what the encoder gives, is of another type.
         """
         check_tensor("images", images, "(B, 3, H, W)")
         if images.shape[1] != 3:
             raise expected("images", "a tensor (B, 3, H, W)", shape(images))
-        if not isinstance(labels, Tensor):
-            raise InputTypeError(
-                f"Expected argument `labels` to be a tensor (B, {len(self.names)}), but got {type(labels).__name__}."
-            )
-        if labels.ndim != 2 or labels.shape[1] != len(self.names):
-            raise expected("labels", f"a tensor (B, {len(self.names)})", shape(labels))
+        if images.device != self._scale.device:
+            raise expected("images", f"on {self._scale.device}, as the loss is, which .to() moves", images.device)
+        check_labels(labels, len(self.names))
         across = self.training and world_size() > 1
         region = self.region(cams, across=across)
-        size = self.encoder.image_size
+        size = side_of(self.encoder)
         small = resize(images, size) * self._scale + self._shift
         foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
         pairs = len(classes)
         if pairs:
-            features = self.encoder.encode_image(torch.cat((foreground_image, background_image)))
-            if features.ndim != 2 or len(features) != 2 * pairs:
-                raise expected("encoder.encode_image", f"returning ({2 * pairs}, D) features", shape(features))
+            both = torch.cat((foreground_image, background_image))
+            answer: object = self.encoder.encode_image(both)
+            features = check_image_features(answer, both, self.selector.prompt_features.shape[2])
         else:  # without a pair there is nothing to encode; the sums over nothing have a graph still
             features = full(cams).sum() * self.selector.prompt_features[:0, 0]
         foreground, background = features[:pairs], features[pairs:]

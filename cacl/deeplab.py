@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._support.checks import check_positive, check_tensor, shape
+from cacl._support.answers import channels_of, check_maps
+from cacl._support.checks import check_positive, check_tensor, kind_of, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import full
 from cacl._support.weights import evaluating
@@ -58,12 +59,7 @@ class DeepLabV2(nn.Module):
             self.backbone: nn.Module = named_backbone(backbone, weights, stride=8).requires_grad_(True)
         else:
             self.backbone = backbone
-        channels = getattr(self.backbone, "out_channels", None)
-        if not isinstance(channels, int) or not isinstance(self.backbone, nn.Module):
-            raise InputTypeError(
-                "Expected argument `backbone` to be a ResNet's name or a module with an integer `out_channels`, "
-                f"but got {type(backbone).__name__}."
-            )
+        channels = channels_of(self.backbone)
         for norm in self._frozen():
             norm.requires_grad_(False)
         branches = [nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in RATES]
@@ -96,10 +92,8 @@ class DeepLabV2(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
-        features = self.backbone(images)
         branches: Sequence[nn.Conv2d] = self.aspp  # type: ignore[assignment]
-        if features.ndim != 4 or features.shape[1] != branches[0].in_channels:
-            raise expected("backbone", f"giving (B, {branches[0].in_channels}, h, w)", shape(features))
+        features = check_maps(self.backbone(images), images, branches[0].in_channels)
         total: Tensor = branches[0](features)
         for branch in list(branches)[1:]:
             total = total + branch(features)
@@ -159,8 +153,7 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
         >>> segmentation_loss([torch.zeros(1, 2, 3, 3)], torch.zeros(1, 6, 6, dtype=torch.uint8))
         tensor(0.6931)
     """
-    if not logits:
-        raise expected("logits", "at least one tensor (B, C, h, w)", "none")
+    _check_masks(masks, logits)
     terms, counts = [], []
     for values in logits:
         check_tensor("logits", values, "(B, C, h, w)")
@@ -174,6 +167,25 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
     if across and world_size() > 1:
         valid = all_reduce_sum(valid) / world_size()
     return (torch.stack(terms) / valid.clamp(min=1 / world_size() if across else 1)).sum()
+
+
+def _check_masks(masks: object, logits: object) -> None:
+    """Require masks of an integer type, one an image; on the CPU, where it costs no wait, of classes that there are."""
+    if not isinstance(logits, list | tuple) or not logits:
+        kind = "none" if isinstance(logits, list | tuple) else kind_of(logits)
+        raise expected("logits", "at least one tensor (B, C, h, w), in a list", kind)
+    check_tensor("logits", logits[0], "(B, C, h, w)")
+    images, classes = logits[0].shape[:2]
+    if not isinstance(masks, Tensor):
+        raise InputTypeError(f"Expected argument `masks` to be a tensor ({images}, H, W), but got {kind_of(masks)}.")
+    if masks.ndim != 3 or len(masks) != images:
+        raise expected("masks", f"a tensor ({images}, H, W)", shape(masks))
+    if masks.dtype == torch.bool or masks.is_floating_point():
+        raise InputTypeError(f"Expected argument `masks` to be of an integer type, but got {masks.dtype}.")
+    if masks.device.type == "cpu":
+        wrong = masks[(masks < 0) | ((masks >= classes) & (masks != IGNORE))]
+        if len(wrong):
+            raise expected("masks", f"in [0, {classes - 1}] or {IGNORE} (ignored)", int(wrong[0]))
 
 
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cacl._support.torchscript import is_torchscript, read_torchscript
-from cacl._support.weights import check_inflated, check_weights
+from cacl._support.clip_checkpoint import read_clip
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.embedded import TwoTowers, load_towers
 from cacl.errors import InputError, did_you_mean, first_line
@@ -51,7 +51,8 @@ def load_encoder(
 
     Args:
         name: a model of OpenAI's CLIP such as ``"ViT-B/32"`` (downloaded once, checked by its hash), the path of a
-            CLIP checkpoint (a state dict or OpenAI's TorchScript archive), ``"open_clip:MODEL/PRETRAINED"``, or
+            CLIP checkpoint (OpenAI's TorchScript archive, or a state dict, also as a training leaves it: in another
+            dict or under ``module.``; the activation is OpenAI's), ``"open_clip:MODEL/PRETRAINED"``, or
             ``"scenes"``, a small one that comes with the package and knows the world of :mod:`cacl.scenes` only.
         device: where it goes; the CPU by default.
         root: folder for downloads; the library's own default if not given.
@@ -66,7 +67,7 @@ def load_encoder(
     elif name == "scenes":
         encoder = ScenesEncoder(load_towers())
     elif Path(name).is_file():
-        encoder = CLIPEncoder(_build_clip(_read_checkpoint(Path(name)), name))
+        encoder = CLIPEncoder(_build_clip(read_clip(Path(name), _clip_hashes), name))
     else:
         encoder = CLIPEncoder(_build_clip(_download_clip(name, root), name))
     return encoder.to(device) if device is not None else encoder
@@ -126,7 +127,10 @@ class OpenCLIPEncoder(_Frozen):
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model)
         size = model.visual.image_size
-        self.image_size = int(size if isinstance(size, int) else size[0])
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise InputError(f"Expected an open_clip model that sees squares, but this one sees {height} x {width}.")
+        self.image_size = int(height)
         self.mean = tuple(getattr(model.visual, "image_mean", None) or CLIP_MEAN)
         self.std = tuple(getattr(model.visual, "image_std", None) or CLIP_STD)
         self._tokenizer = tokenizer
@@ -143,15 +147,30 @@ class OpenCLIPEncoder(_Frozen):
             raise ImportError(f"open_clip models need an extra: pip install 'cacl[open-clip]' ({error})") from None
         if model not in open_clip.list_models():
             raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
-        try:
+        try:  # the words first: what they need may be missing, and the weights are large
+            tokenizer = open_clip.get_tokenizer(model)
             network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
         except Exception as error:  # of many kinds, if PRETRAINED is no file of such weights
+            if isinstance(error, ImportError) or re.search("pip install|need to have .* installed", str(error)):
+                raise _lacking(name, error) from None
             raise InputError(f"open_clip:{name}: {first_line(error)}") from None
-        return cls(network, open_clip.get_tokenizer(model))
+        return cls(network, tokenizer)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         tokens: Tensor = self._tokenizer(texts)
         return tokens
+
+
+_FOR_WORDS = ("transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken")
+"""What models whose words are not CLIP's need: SigLIP, and those with a text tower of transformers."""
+
+
+def _lacking(name: str, error: Exception) -> ImportError:
+    """That an open_clip model needs a library which its extra does not bring, and what brings it."""
+    text = f"{getattr(error, 'name', None) or ''} {error}".lower()
+    needed = "transformers sentencepiece protobuf" if any(word in text for word in _FOR_WORDS) else ""
+    missing = needed or getattr(error, "name", None) or "'cacl[open-clip]'"
+    return ImportError(f"open_clip:{name} needs more than its extra: pip install {missing} ({first_line(error)})")
 
 
 class ScenesEncoder(_Frozen):
@@ -175,7 +194,10 @@ def _import_clip() -> ModuleType:
         with _pkg_resources():
             return importlib.import_module("clip")
     except ImportError as error:
-        raise ImportError(f"CLIP models need the package clip-anytorch: pip install clip-anytorch ({error})") from None
+        also = f" {error.name}" if error.name and not error.name.startswith("clip") else ""  # which clip itself imports
+        raise ImportError(
+            f"CLIP models need the package clip-anytorch: pip install clip-anytorch{also} ({error})"
+        ) from None
 
 
 @contextmanager
@@ -209,7 +231,7 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
         )
     folder = Path(root) if root is not None else Path.home() / ".cache" / "clip"
     try:
-        return _read_checkpoint(Path(clip.clip._download(models[name], str(folder))))
+        return read_clip(Path(clip.clip._download(models[name], str(folder))), _clip_hashes)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise InputError(
             f"CLIP {name} is not in {folder} and could not be downloaded ({error}); "
@@ -217,24 +239,18 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
         ) from None
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint, read without running code."""
-    try:
-        check_inflated(path)
-        torchscript = is_torchscript(path)
-        state = read_torchscript(path) if torchscript else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; each means that the file is something else
-        raise InputError(f"{path}: not a CLIP checkpoint (nothing in it was run): {first_line(error)}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a state dict (name -> tensor) of a CLIP model, but got something else.")
-    check_weights(path, state)
-    return state
+def _clip_hashes() -> set[str]:
+    """SHA-256 of the files that the library clip downloads, which stand in their addresses."""
+    models: dict[str, str] = _import_clip().clip._MODELS
+    return {url.split("/")[-2] for url in models.values()}
 
 
 def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     clip = _import_clip()
     needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
     missing = [key for key in needed if key not in state]
+    # Of the loss that CLIP was trained with: they encode nothing, and one may be missing, the other too many.
+    state = {"logit_scale": torch.zeros(()), **{name: value for name, value in state.items() if name != "logit_bias"}}
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
     context, vocabulary = (

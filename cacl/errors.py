@@ -38,9 +38,9 @@ def shown(value: object) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value as it was given, cut off where it is long."""
+    """A value as it was given, on one line and cut off where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(map(str.strip, repr(value).splitlines()))
     except ValueError:  # Python writes no numbers of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}…"

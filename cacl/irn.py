@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cacl._support.answers import check_levels, levels_of
 from cacl._support.checks import check_positive, check_tensor, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.constants import IGNORE
-from cacl.errors import InputError, InputTypeError, expected
+from cacl.errors import InputTypeError, expected
 from cacl.mining import crf_labels as crf_labels
 from cacl.mining import mine_labels as mine_labels
 from cacl.random_walk import Offset, along_paths
@@ -70,13 +71,7 @@ class IRNet(nn.Module):
     def __init__(self, backbone: str | nn.Module = "resnet50", *, weights: str | None = "DEFAULT") -> None:
         super().__init__()
         self.backbone = named_backbone(backbone, weights) if isinstance(backbone, str) else backbone
-        channels = getattr(self.backbone, "level_channels", None) or getattr(self.backbone, "out_channels", None)
-        channels = (channels,) if isinstance(channels, int) else channels
-        if not isinstance(self.backbone, nn.Module) or not isinstance(channels, Sequence):
-            raise InputTypeError(
-                "Expected argument `backbone` to be a ResNet's name or a module with `levels` and `level_channels`, or "
-                f"with an integer `out_channels`, but got {type(backbone).__name__}."
-            )
+        channels = levels_of(self.backbone)
         self.backbone.requires_grad_(False)
         self.edge_levels = nn.ModuleList(_block(count, 32) for count in channels)
         # 3×3: an edge is a difference of neighbours, which shallow levels do not hold in one pixel
@@ -95,7 +90,8 @@ class IRNet(nn.Module):
         size = (-(-images.shape[2] // 4), -(-images.shape[3] // 4))
         with torch.no_grad():
             levels = getattr(self.backbone, "levels", None)
-            features = [self.backbone(images)] if levels is None else levels(images)
+            answer = [self.backbone(images)] if levels is None else levels(images)
+        features = check_levels(answer, images, levels_of(self.backbone))
         edges = self.edge_head(_joined(self.edge_levels, features, size))
         displacements = self.displacement_head(_joined(self.displacement_levels, features, size))
         return IRNOutput(edges, displacements)
@@ -255,7 +251,5 @@ def _block(inputs: int, outputs: int, size: int = 1) -> nn.Sequential:
 
 
 def _joined(blocks: nn.ModuleList, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    if len(features) != len(blocks):
-        raise InputError(f"Expected argument `backbone` to give {len(blocks)} levels, but got {len(features)}.")
     maps = (block(feature) for block, feature in zip(blocks, features, strict=True))
     return torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps], 1)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cacl._support.checks import as_array
 from cacl.constants import IGNORE
 from cacl.errors import InputError, expected
 
@@ -32,20 +34,25 @@ class ConfusionMatrix:
         self.size = num_classes + 1
         self.counts = np.zeros((self.size, self.size), dtype=np.int64)
 
-    def update(self, truth: NDArray[np.integer], prediction: NDArray[np.integer]) -> None:
-        """Add an image: two integer arrays of one shape; pixels whose truth is 255 are left out.
+    def update(self, truth: NDArray[np.integer] | Tensor, prediction: NDArray[np.integer] | Tensor) -> None:
+        """Add an image: two arrays or tensors of integers and of one shape.
+
+        Pixels whose truth is 255 are left out. A prediction has a class everywhere else: what is unsure in a pseudo
+        mask is either background there, or 255 in the truth too.
 
         Raises:
             ValueError: if the shapes differ or a value is out of range.
+            TypeError: if there is something else than integers in them.
         """
+        truth, prediction = as_array("truth", truth), as_array("prediction", prediction)
         if truth.shape != prediction.shape:
             raise expected("prediction", f"of the truth's shape {truth.shape}", prediction.shape)
         valid = truth != IGNORE
         truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
         for argument, values in (("truth", truth), ("prediction", prediction)):
             if values.size and not 0 <= values.min() <= values.max() < self.size:
-                wrong = values[(values < 0) | (values >= self.size)][0]
-                raise expected(argument, f"in [0, {self.size - 1}] or {IGNORE} (ignored)", wrong)
+                wrong = int(values[(values < 0) | (values >= self.size)][0])
+                raise _out_of_range(argument, self.size - 1, wrong)
         self.counts += np.bincount(truth * self.size + prediction, minlength=self.size**2).reshape(self.counts.shape)
 
     @property
@@ -57,6 +64,13 @@ class ConfusionMatrix:
     def miou(self) -> float:
         """Mean of :attr:`iou` over the classes that occur; NaN where there is none."""
         return mean_iou(self.iou)
+
+
+def _out_of_range(argument: str, largest: int, wrong: int) -> InputError:
+    if argument == "truth":
+        return expected(argument, f"in [0, {largest}] or {IGNORE} (ignored)", wrong)
+    unsure = f"; where it is unsure, set it to 0 to count as background, or the truth to {IGNORE} to leave it out"
+    return expected(argument, f"in [0, {largest}]", f"{wrong}{unsure if wrong == IGNORE else ''}")
 
 
 class Sweep(NamedTuple):
@@ -117,7 +131,11 @@ def count_scores(
     size, bins = num_classes + 1, len(edges) + 1
     joint = np.zeros(size * size * bins, dtype=np.int64)  # truth × class of the largest map × scores below it
     images = 0
-    for truth, classes, maps in samples:
+    for mask, present, cams in samples:
+        truth, classes = as_array("truth", mask, "(H, W)"), as_array("classes", present, "(C,)")
+        maps = as_array("maps", cams, "(C, H, W)", numbers=True)
+        if classes.dtype == bool:
+            raise expected("classes", "class indices from 0", "bool")
         if maps.shape != (len(classes), *truth.shape):
             raise expected("maps", f"of shape {(len(classes), *truth.shape)}", maps.shape)
         valid = truth != IGNORE

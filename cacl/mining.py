@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from cacl._support.checks import check_range
+from cacl._support.checks import as_array, check_range
 from cacl.constants import IGNORE
 from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, DenseCRF
 from cacl.errors import expected
@@ -83,13 +83,16 @@ def crf_labels(
     Returns:
         ``(S, H, W)``: 0 or class + 1.
     """
-    classes = np.asarray(classes) if len(classes) else np.zeros(0, np.int64)
+    classes = as_array("classes", classes, numbers=True)
+    maps = as_array("maps", maps, "(C, h, w)", numbers=True)
+    classes = classes if len(classes) else np.zeros(0, np.int64)
     if classes.ndim != 1 or classes.dtype.kind not in "iu" or not all(0 <= k < IGNORE - 1 for k in classes.tolist()):
         raise expected("classes", f"class indices (C,) from 0 to {IGNORE - 2}", f"{classes.dtype} {classes.tolist()}")
-    if maps.ndim != 3 or len(maps) != len(classes) or 0 in maps.shape[1:]:
+    if len(maps) != len(classes) or 0 in maps.shape[1:]:
         raise expected("maps", f"one map a class, ({len(classes)}, h, w)", f"shape {maps.shape}")
     if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):
         raise expected("maps", "finite and not negative", f"{maps.min()} to {maps.max()}")
+    crf = DenseCRF(image, gaussian=gaussian, bilateral=bilateral, backend=backend, device=device)
     size = image.shape[:2]
     if not len(classes):
         return np.zeros((len(scores), *size), dtype=np.uint8)
@@ -104,7 +107,6 @@ def crf_labels(
     shown = present.any(3, keepdim=True).any(2, keepdim=True).float()
     others = (1 - confidence) / (shown.sum(1, keepdim=True) - 1).clamp(min=1)
     probabilities = shown * torch.where(present, confidence, others)
-    crf = DenseCRF(image, gaussian=gaussian, bilateral=bilateral, backend=backend, device=device)
     refined = crf(probabilities.numpy(), iterations=iterations).argmax(1)
     refined_labels: NDArray[np.uint8] = np.concatenate(([0], classes + 1)).astype(np.uint8)[refined]
     return refined_labels

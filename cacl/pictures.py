@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from cacl._support.checks import as_array
 from cacl.constants import BACKGROUND_SCORE, IGNORE
+from cacl.errors import expected
 from cacl.images import VOC_COLOURS, Mask, Pixels
 
 COLOURS: Pixels = VOC_COLOURS
@@ -23,7 +25,15 @@ def palette() -> Pixels:
 
 
 def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
-    """The largest of ``(C, H, W)`` CAMs in [0, 1], from blue over green to red, over an ``(H, W, 3)`` photo."""
+    """The largest of ``(C, H, W)`` CAMs in [0, 1], from blue over green to red, over an ``(H, W, 3)`` photo.
+
+    Raises:
+        ValueError: if the sizes differ.
+        TypeError: if there is something else than numbers in them.
+    """
+    photo, maps = _photo(photo), as_array("maps", maps, "(C, H, W)", numbers=True)
+    if maps.shape[1:] != photo.shape[:2]:
+        raise expected("maps", f"of the photo's size {photo.shape[:2]}", maps.shape[1:])
     heat = maps.max(0, initial=0.0)[..., None]
     colours = np.clip(1.5 - np.abs(4 * heat - np.array((3.0, 2.0, 1.0))), 0, 1) * 255
     mixed: Pixels = (0.45 * photo + 0.55 * colours).astype(np.uint8)
@@ -31,10 +41,28 @@ def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
 
 
 def overlay(photo: Pixels, mask: NDArray[np.integer]) -> Pixels:
-    """The classes of an ``(H, W)`` mask in their colours over a darkened photo; what is ignored in white."""
+    """The classes of an ``(H, W)`` mask in their colours over a darkened photo; what is ignored in white.
+
+    Raises:
+        ValueError: if the sizes differ, or a value of the mask is not in 0 … 255.
+        TypeError: if there is something else than integers in the mask.
+    """
+    photo, mask = _photo(photo), as_array("mask", mask, "(H, W)")
+    if mask.shape != photo.shape[:2]:
+        raise expected("mask", f"of the photo's size {photo.shape[:2]}", mask.shape)
+    if mask.size and not 0 <= mask.min() <= mask.max() <= IGNORE:
+        raise expected("mask", f"in [0, {IGNORE}]", f"{mask.min()} to {mask.max()}")
+    mask = mask.astype(np.uint8)
     colours = palette()
     shown = np.where(mask[..., None] > 0, 0.35 * photo + 0.65 * colours[mask], 0.35 * photo)
     return shown.astype(np.uint8)
+
+
+def _photo(photo: Pixels) -> Pixels:
+    pixels: Pixels = as_array("photo", photo, "(H, W, 3)", numbers=True)
+    if pixels.shape[2] != 3:
+        raise expected("photo", "an array (H, W, 3)", f"shape {pixels.shape}")
+    return pixels
 
 
 def legend(picture: Pixels, mask: NDArray[np.integer], classes: Sequence[str]) -> Image.Image:
@@ -75,6 +103,9 @@ def _enlarged(picture: Pixels, least: int = 240) -> Image.Image:
 
 def threshold(classes: NDArray[np.int64], maps: NDArray[np.float32], score: float = BACKGROUND_SCORE) -> Mask:
     """``(C, H, W)`` CAMs of ``classes`` -> ``(H, W)``: the class + 1 of the largest above ``score``, or else 0."""
+    classes, maps = as_array("classes", classes, "(C,)"), as_array("maps", maps, "(C, H, W)", numbers=True)
+    if len(classes) != len(maps):
+        raise expected("maps", f"one map a class, ({len(classes)}, H, W)", f"shape {maps.shape}")
     if not len(classes):
         return np.zeros(maps.shape[1:], dtype=np.uint8)
     return np.where(maps.max(0) > score, classes[maps.argmax(0)] + 1, 0).astype(np.uint8)

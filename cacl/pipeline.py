@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from cacl._support.answers import check_callable
 from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero, world_size
 from cacl._support.files import locked, read_json, write_json, write_text
@@ -76,6 +77,8 @@ def run(
         OSError: if a file cannot be written; one line that names it. A process that dies or that does not answer is
             one too.
     """
+    if callback is not None:
+        check_callable("callback", callback)
     config = _configuration(config, chain)
     session = Session(config, encoder, backbone, criterion, chain=_whole(config))
     wanted = _wanted(session.chain, stages)

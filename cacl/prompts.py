@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from cacl._support.answers import check_text_features
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
 from cacl._support.names import composed
+from cacl._support.words import read_words
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
 if TYPE_CHECKING:
@@ -153,19 +155,29 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
 
     @classmethod
     def built_in(cls, names: Sequence[str], n: int = 5) -> BackgroundSet:
-        """This package's words for ``names``, where VOC's or COCO's list knows all of them.
+        """This package's words for ``names``: VOC's or COCO's list where one knows all of them, else of each its own.
+
+        Where both lists are needed, a word that is one of ``names`` is left out, and another takes its place.
 
         Raises:
-            ValueError: if neither list knows all the names; names the first unknown one.
+            ValueError: if neither list knows a name; says which, and what it may have meant.
         """
-        for known in (cls.voc(n), cls.coco(n)):
+        names = check_words("names", names)
+        lists = cls.coco(n), cls.voc(n)
+        for known in reversed(lists):
             if all(name in known for name in names):
                 return known
-        unknown = next((name for name in names if name not in cls.voc(n) and name not in cls.coco(n)), names[0])
-        raise InputError(
-            f"There are no built-in background words for {unknown!r}: give `backgrounds` (in a configuration "
-            "[backgrounds] file) with words for every class."
-        )
+        unknown = [name for name in names if not any(name in known for known in lists)]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            hint = did_you_mean(unknown[0].lower(), {name for known in lists for name in known})
+            raise InputError(
+                f"There are no built-in background words for {unknown[0]!r}{more}{hint}{' Or' if hint else ':'} give "
+                "`backgrounds` (in a configuration [backgrounds] file) with words for every class."
+            )
+        whole, taken = (cls.coco(7), cls.voc(7)), {_key(name) for name in names}
+        found = {name: next(known[name] for known in whole if name in known) for name in names}
+        return cls({name: [word for word in words if _key(word) not in taken][:n] for name, words in found.items()})
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
         if not isinstance(name, str) or _key(name) not in self._names:
@@ -207,7 +219,10 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
         names = check_words("names", names)
         for name in names:
             if name not in self:
-                raise InputError(f"no background words for class {name!r}{did_you_mean(name, self)}")
+                raise InputError(
+                    f"no background words for class {name!r}{did_you_mean(name, self)}; give `backgrounds` (in a "
+                    "configuration [backgrounds] file) with words for every class"
+                )
         return _encode(encoder, [self.texts(name, prompts) for name in names], batch_size)
 
     @staticmethod
@@ -222,22 +237,20 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
     def parse(answer: str) -> tuple[str, ...]:
         """Read the words out of an answer to :meth:`query`: one a line or with commas, numbered, bulleted or quoted.
 
+        Explanations after a word, sentences before and after the list, code blocks, tables, JSON and what a model
+        thought before are understood too.
+
+        Returns:
+            The words in lower case, each once.
+
         Raises:
-            ValueError: if no word is found.
+            ValueError: if no word is found, or a line could be a word or something else; shows the line.
 
         Example:
             >>> BackgroundSet.parse('1. Water\\n2. "pier"\\n- water')
             ('water', 'pier')
         """
-        lines = [line for line in answer.splitlines() if line.strip() and not line.rstrip().endswith(":")]
-        parts = (
-            part for line in lines for part in re.split(r"[,;]", re.sub(r"^\s*(\(?\d+\s*[.):]|[-*•–—+])\s*", "", line))
-        )
-        words = (re.sub(r"^and\s+", "", part.strip(" \t.\"'`*[]\u2018\u2019\u201c\u201d")).lower() for part in parts)
-        found = tuple(dict.fromkeys(word for word in words if word))
-        if not found:
-            raise expected("answer", "a list of words", repr(answer))
-        return found
+        return read_words(answer)
 
 
 def words_for(names: Iterable[str], path: Path, n: int | None = None) -> BackgroundSet:
@@ -267,13 +280,11 @@ def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_siz
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
     check_positive("batch_size", batch_size)
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
-    chunks = [encoder.encode_text(unique[i : i + batch_size]).float() for i in range(0, len(unique), batch_size)]
+    parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
+    chunks = [check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]
+    if len(widths := {chunk.shape[1] for chunk in chunks}) > 1:
+        raise InputError(f"Expected `encoder.encode_text` to return features of one length, but got {sorted(widths)}.")
     features = unit(torch.cat(chunks))
-    if features.shape[0] != len(unique) or features.ndim != 2:
-        raise InputError(
-            f"Expected `encoder.encode_text` to return ({len(unique)}, D) for {len(unique)} texts, "
-            f"but got shape {tuple(features.shape)}."
-        )
     row = {text: i for i, text in enumerate(unique)}
     result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
     for k, list_ in enumerate(texts):

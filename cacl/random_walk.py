@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._support.checks import check_integer, check_positive, check_range, check_tensor, shape
+from cacl._support.checks import check_integer, check_positive, check_range, check_tensor, kind_of, shape
 from cacl.errors import expected
 
 Offset = tuple[int, int]
@@ -118,6 +118,8 @@ def along_paths(edges: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     Raises:
         ValueError: if ``radius`` is no positive integer.
     """
+    if not isinstance(edges, Tensor) or edges.ndim < 2:
+        raise expected("edges", "a tensor (..., h, w)", shape(edges) if isinstance(edges, Tensor) else kind_of(edges))
     height, width = edges.shape[-2:]
     maxima = {(0, 0): edges}
     for (dy, dx), parts in _parts(radius):

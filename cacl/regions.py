@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._support.checks import check_positive, check_tensor, shape
-from cacl.errors import InputTypeError, expected
+from cacl._support.checks import check_labels, check_positive, check_tensor, shape
+from cacl.errors import expected
 
 
 class Regions(NamedTuple):
@@ -31,19 +31,19 @@ def present_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     do not.
 
     Args:
-        labels: ``(B, K)``, zero or not.
+        labels: ``(B, K)``, 0 or 1.
 
     Returns:
         Image indices and class indices, both ``(N,)`` int64, in the order of the images.
+
+    Raises:
+        ValueError: if the shape is another, or a label is neither 0 nor 1 (looked at on the CPU only).
 
     Example:
         >>> present_pairs(torch.tensor([[0, 1, 1], [1, 0, 0]]))
         (tensor([0, 0, 1]), tensor([1, 2, 0]))
     """
-    if not isinstance(labels, Tensor):
-        raise InputTypeError(f"Expected argument `labels` to be a tensor (B, K), but got {type(labels).__name__}.")
-    if labels.ndim != 2:
-        raise expected("labels", "a tensor (B, K)", shape(labels))
+    check_labels(labels)
     image_index, class_index = labels.nonzero(as_tuple=True)
     return image_index, class_index
 
@@ -57,14 +57,14 @@ def split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 2
     Args:
         images: ``(B, 3, H, W)``, normalised.
         cams: ``(B, K, h, w)`` in [0, 1].
-        labels: ``(B, K)``, zero or not; on the CPU, so that nothing waits for the device.
+        labels: ``(B, K)``, 0 or 1; on the CPU, so that nothing waits for the device.
         size: side of the regions in pixels.
 
     Returns:
         :class:`Regions` of the N pairs; differentiable with respect to ``images`` and ``cams``.
 
     Raises:
-        ValueError: if the shapes do not go together.
+        ValueError: if the shapes do not go together, or a label is neither 0 nor 1 (looked at on the CPU only).
     """
     check_tensor("images", images, "(B, 3, H, W)")
     check_tensor("cams", cams, "(B, K, h, w)")
@@ -73,6 +73,8 @@ def split_regions(images: Tensor, cams: Tensor, labels: Tensor, *, size: int = 2
         raise expected("images", "a tensor (B, 3, H, W)", shape(images))
     if len(cams) != len(images):
         raise expected("cams", f"of the same batch size as `images` {len(images)}", shape(cams))
+    if cams.device != images.device:
+        raise expected("cams", f"on the device of `images`, {images.device}", cams.device)
     if labels.shape != cams.shape[:2]:
         raise expected("labels", f"of shape {tuple(cams.shape[:2])}, as `cams`", shape(labels))
     check_positive("size", size)

@@ -53,6 +53,26 @@ def test_the_trunk_among_other_networks(tmp_path):
         DeepLabV2(3, backbone="resnet18", weights=str(tmp_path / "w.pth"))
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {"epoch": 3, "model": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {k.replace("backbone.", "backbone._orig_mod."): v for k, v in state.items()},
+    ],
+)
+def test_weights_as_a_training_leaves_them(wrap):
+    net, again = (CAMNet(2, backbone="scenes", weights=weights) for weights in ("DEFAULT", None))
+    load_weights(again, wrap(net.state_dict()), "trained.pt")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    state = again.state_dict()
+    two = {"model": state, "ema": {k: v.clone() for k, v in state.items()}}
+    with pytest.raises(
+        ValueError, match=r"the weights of one network, but it has \"\['model'\]\", \"\['ema'\]\"; save"
+    ):
+        load_weights(again, two, "trained.pt")
+
+
 def test_a_checkpoint_from_before_layouts_were_saved():
     net = DeepLabV2(3, backbone="resnet18", weights=None)
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("_extra_state")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from cacl import ImageTextEncoder, load_encoder
+from cacl._support import clip_checkpoint
 from cacl._support.torchscript import read_torchscript
 
 TEXTS = ["a photo of cat.", "a picture of dining table."]
@@ -233,6 +235,121 @@ def test_a_small_vocabulary(clip_state, tmp_path):
     assert "CLIP's tokenizer has 49408 tokens, but the checkpoint knows 100." in refused(path)
 
 
+# What trainings leave
+
+
+def under(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+WRAPPED = {
+    "DDP": lambda state: under("module.", state),
+    "torch.compile": lambda state: under("_orig_mod.", state),
+    "both": lambda state: under("module._orig_mod.", state),
+    "a compiled tower": lambda state: {key.replace("visual.", "visual._orig_mod."): v for key, v in state.items()},
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "model": lambda state: {"model": under("module.", state), "best": 0.3},
+    "model_state_dict": lambda state: {"model_state_dict": state},
+    "Lightning": lambda state: {"state_dict": {**under("clip.", state), "head.weight": torch.ones(2)}, "loops": {}},
+    "an average": lambda state: {**under("module.", state), "n_averaged": torch.tensor(3)},
+    "an average alone": lambda state: {"ema": {"shadow": state}},
+    "without what encodes nothing": lambda state: {k: v for k, v in state.items() if k != "logit_scale"},
+    "sizes as tensors": lambda state: {
+        **state,
+        "input_resolution": torch.tensor(32),
+        "vocab_size": torch.tensor(49408),
+    },
+    "a bias of the loss": lambda state: {**state, "logit_bias": torch.ones(())},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_checkpoints_of_trainings(clip_state, clip_model, tmp_path, name):
+    import clip
+
+    torch.save(WRAPPED[name](dict(clip_state)), tmp_path / "model.pt")
+    wanted = clip_model.encode_text(clip.tokenize(TEXTS)).detach()
+    torch.testing.assert_close(load_encoder(tmp_path / "model.pt").encode_text(TEXTS), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision(clip_state, loaded, tmp_path, dtype):
+    torch.save({key: value.to(dtype) for key, value in clip_state.items()}, tmp_path / "model.pt")
+    encoder = load_encoder(tmp_path / "model.pt")
+    assert encoder.encode_text(TEXTS).dtype == torch.float32
+    torch.testing.assert_close(encoder.encode_text(TEXTS), loaded.encode_text(TEXTS), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (
+            lambda state: {"state_dict": state, "state_dict_ema": {k: v.clone() for k, v in state.items()}},
+            """expected the weights of one CLIP model, but it has "['state_dict']", "['state_dict_ema']"; save""",
+        ),
+        (
+            lambda state: {**under("student.", state), **under("teacher.", state)},
+            "the weights of one CLIP model, but it has 'student.', 'teacher.'; save a file with one of them alone",
+        ),
+        (
+            lambda state: {"epoch": 3, "name": "x", "state_dict": under("module.", state), "optimizer": {}},
+            "is of a training by open_clip ('epoch', 'name', 'state_dict'), and does not say which activation",
+        ),
+        (
+            lambda state: {"visual.trunk.norm.weight": torch.ones(2), "text.token_embedding.weight": torch.ones(2, 2)},
+            "is of a model whose image tower is timm's ('visual.trunk.'): load it with its name in open_clip",
+        ),
+        (
+            lambda state: {
+                key if key.startswith(("visual", "logit")) else f"text.{key}": v for key, v in state.items()
+            },
+            "with a text tower of its own ('text.'): load it with its name there, open_clip:MODEL/",
+        ),
+        (
+            lambda state: {"text_model.embeddings.token_embedding.weight": torch.ones(2, 2)},
+            "has the names of the library transformers ('text_model.')",
+        ),
+        (lambda state: {**state, "adapter.weight": torch.ones(2)}, 'Unexpected key(s) in state_dict: "adapter.weight"'),
+        (
+            lambda state: {"state_dict": state, "hyper_parameters": SimpleNamespace(lr=1)},
+            "something else than tensors and plain values; a file of torch.save(model.state_dict(), …)",
+        ),
+    ],
+)
+def test_checkpoints_that_are_not_clear(clip_state, tmp_path, wrap, text):
+    torch.save(wrap(dict(clip_state)), tmp_path / "model.pt")
+    assert text in refused(tmp_path / "model.pt")
+
+
+@pytest.fixture
+def archive(clip_model, tmp_path):
+    """A TorchScript archive, its hash, and a reader that fails on it."""
+    example = {"encode_image": torch.zeros(1, 3, 32, 32), "encode_text": torch.zeros(1, 77, dtype=torch.int64)}
+    path = tmp_path / "tiny.pt"
+    torch.jit.trace_module(clip_model, example, check_trace=False).save(str(path))
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_archive_of_clip_s_own_is_read_whatever_comes(monkeypatch, archive, loaded, tmp_path):
+    import clip
+
+    def unreadable(path):
+        raise pickle.UnpicklingError("another format")
+
+    path, sha256 = archive
+    monkeypatch.setattr(clip_checkpoint, "read_torchscript", unreadable)
+    monkeypatch.setattr(clip.clip, "_MODELS", {"tiny": f"https://localhost/clip/{sha256}/tiny.pt"})
+    monkeypatch.setattr(clip.clip, "_download", lambda url, folder: str(path))
+    assert torch.equal(load_encoder("tiny", root=tmp_path).encode_text(TEXTS), loaded.encode_text(TEXTS))
+
+    # One byte more, and it is another file: its code does not run, whatever it is called and wherever it comes from.
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("torch.jit.load was called"))
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "not a CLIP checkpoint (nothing in it was run)" in refused(path)
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        load_encoder("tiny", root=tmp_path)
+
+
 # Names
 
 
@@ -326,6 +443,41 @@ def test_open_clip_refuses_the_weights(open_clip):
 def test_open_clip_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'cacl[open-clip]'")):
+        load_encoder("open_clip:ViT-B-32/laion2b")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ModuleNotFoundError("No module named 'transformers'", name="transformers"),
+            "transformers sentencepiece protobuf",
+        ),
+        (ImportError("T5Tokenizer requires the SentencePiece library"), "transformers sentencepiece protobuf"),
+        (ValueError("You need to have sentencepiece or tiktoken installed"), "transformers sentencepiece protobuf"),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), "timm"),
+        (RuntimeError("Please `pip install open_clip_torch[x]`\nfor this"), "'cacl[open-clip]'"),
+    ],
+)
+def test_what_an_open_clip_model_lacks(open_clip, error, text):
+    """It is said before the weights are downloaded."""
+
+    def get_tokenizer(name):
+        raise error
+
+    open_clip.get_tokenizer = get_tokenizer
+    open_clip.create_model = lambda *args, **kwargs: pytest.fail("the weights were asked for")
+    with pytest.raises(ImportError) as caught:
+        load_encoder("open_clip:ViT-B-32/laion2b")
+    first = str(error).splitlines()[0]
+    assert str(caught.value) == f"open_clip:ViT-B-32/laion2b needs more than its extra: pip install {text} ({first})"
+
+
+def test_an_open_clip_model_that_sees_no_squares(open_clip):
+    model = OpenModel()
+    model.visual.image_size = (24, 48)
+    open_clip.create_model = lambda name, pretrained, cache_dir: model
+    with pytest.raises(ValueError, match="that sees squares, but this one sees 24 x 48"):
         load_encoder("open_clip:ViT-B-32/laion2b")
 
 

@@ -327,6 +327,38 @@ def test_built_in_finds_the_list_that_knows_all_names():
         BackgroundSet.built_in(["cat", "unicorn"])
 
 
+def test_built_in_takes_each_class_s_words_from_the_list_that_has_it():
+    words = BackgroundSet.built_in(["TV-Monitor", "truck", "cat"])
+    assert dict(words) == {
+        "TV-Monitor": BackgroundSet.voc()["tv monitor"],
+        "truck": BackgroundSet.coco()["truck"],
+        "cat": BackgroundSet.coco()["cat"],
+    }
+    assert len(BackgroundSet.built_in(["sofa", "giraffe"], n=7)["sofa"]) == 7
+
+
+def test_built_in_words_of_two_lists_are_none_of_the_classes():
+    assert "keyboard" in BackgroundSet.voc(5)["tv monitor"]
+    words = BackgroundSet.built_in(["tvmonitor", "keyboard", "truck"])
+    assert words["tvmonitor"] == tuple(word for word in BackgroundSet.voc(6)["tv monitor"] if word != "keyboard")
+    every = {_squeezed: name for name in (*BackgroundSet.voc(), *BackgroundSet.coco()) for _squeezed in [squeeze(name)]}
+    words = BackgroundSet.built_in(list(every.values()))
+    assert len(words) == 84
+    assert all(len(list_) == 5 and not {squeeze(word) for word in list_} & set(every) for list_ in words.values())
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["cat", "Trucks"], "words for 'Trucks'; did you mean \"truck\"? Or give `backgrounds`"),
+        (["tv monitor", "unicorn", "truck", "griffin"], "words for 'unicorn' and 1 more: give `backgrounds`"),
+    ],
+)
+def test_built_in_names_the_class_that_no_list_has(names, text):
+    with pytest.raises(ValueError, match=re.escape(f"There are no built-in background {text}")):
+        BackgroundSet.built_in(names)
+
+
 # Files
 
 
@@ -410,6 +442,107 @@ def test_query_names_the_class_and_the_number():
 )
 def test_parse(answer, words):
     assert BackgroundSet.parse(answer) == words
+
+
+THREE = ("water", "pier", "sky")
+ANSWERS = {
+    "JSON in a fence": '```json\n["water", "pier", "sky"]\n```',
+    "a fence between sentences": "Sure! Here you go:\n\n```text\nwater\npier\nsky\n```\n\nShall I go on?",
+    "code in a fence": '```python\nwords = ["water", "pier", "sky"]\n```',
+    "a fence that does not end": "```\nwater\npier\nsky",
+    "a table": "| # | word |\n|---|---|\n| 1 | water |\n| 2 | pier |\n| 3 | sky |",
+    "a table with reasons": "| Word | Why |\n|:--|--:|\n| **Water** | it floats |\n| Pier | at it |\n| Sky | blue |",
+    "a table without a frame": "# | object\n--- | ---\n1 | water\n2 | pier\n3 | sky",
+    "tabs": "1\twater\tbelow\n2\tpier\tit lies there\n3\tsky\tabove it",
+    "a thought": "<think>\nboats are on water, so\n</think>\nwater\npier\nsky",
+    "a thought whose beginning is cut off": "boats are on water, so\n</think>\nwater, pier, sky",
+    "a thought with code": '<reasoning>\n```\nroad\n```\n</reasoning>\n```json\n["water", "pier", "sky"]\n```',
+    "explanations after dashes": "1. water - what it floats on\n2. pier – where it lies\n3. sky — above it",
+    "explanations after colons": "1. **Water:** what it floats on\n2. **Pier**: often, where it is\n3. Sky: over it",
+    "explanations in brackets": "1. water (lakes, rivers)\n2. pier (where it lies)\n3. sky (above it)",
+    "ideographic commas": "water、pier、sky。",
+    "wide commas": "water，pier；sky",
+    "wide numbers": "１．water\n２．pier\n３．sky",
+    "numbers in circles": "① water\n② pier\n③ sky",
+    "corner brackets": "「water」「pier」、「sky」",
+    "an object": '{"boat": ["water", "pier", "sky"]}',
+    "an object with more": '{"background": ["water", "pier", "sky"], "count": 3}',
+    "a list of objects": '[{"word": "water", "why": "x"}, {"word": "pier"}, {"word": "sky"}]',
+    "a list over lines": 'Sure:\n[\n  "water",\n  "pier",\n  "sky"\n]',
+    "sentences around": "Here are 3 words.\n\n- water\n- pier\n- sky\n\nThese are the most frequent ones.",
+    "a note": "water\npier\nsky\n\nNote: these are ordered by frequency.",
+    "one sentence": "Here are three words: water, pier and sky.",
+    "Windows": "1. water\r\n2. pier\r\n3. sky\r\n",
+    "HTML": "<ul><li>water</li><li>pier&nbsp;</li><li>&quot;sky&quot;</li></ul>",
+    "bold numbers": "**1.** water\n**2.** pier\n**3. Sky**",
+    "a heading": "# Background words for a boat\n- [ ] water\n- [x] pier\n- sky",
+    "YAML": "background:\n  - water\n  - pier\n  - sky",
+    "bullets in a line": "• water • pier • sky",
+    "numbers in a line": "1. water 2. pier 3. sky",
+    "signs that are not seen": "\ufeffwater\n\u200bpier\n🌊 sky",
+    "and so on": "water, pier, sky, etc.",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_parse_of_what_models_answer(name):
+    assert BackgroundSet.parse(ANSWERS[name]) == THREE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("railway track", "snow-covered field", "x-ray table"),
+        ("sailor's knot", "st. bernard kennel", "salt & pepper"),
+        ("trash can", "no parking sign", "bed and breakfast"),
+        ("käfer", "码头", "2 story house"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "- ", "1. ", "* ", "• "])
+def test_parse_keeps_words_of_several_parts(words, mark):
+    assert BackgroundSet.parse("\n".join(mark + word for word in words)) == words
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ("<think>\nboats are on water\nwater\npier", "'<think>'"),
+        ("<|channel|>analysis<|message|>x\nwater\npier", "'<|channel|>analysis<|message|>x'"),
+        ('{"boat": ["water"], "car": ["road"]}', """'{"boat": ["water"], "car": ["road"]}'"""),
+        ('{"water": "it floats on it", "pier": "it lies there"}', """'{"water": """),
+        ("[1, 2]", "'[1, 2]'"),
+        ("| a | b |\n|---|---|\n| water | pier |", "'| a | b |'"),
+        ("1. Nature\n   - water\n   - sky", "'- water'"),
+        ("- Nature:\n- water", "'- Nature:'"),
+        ("boat: water, pier\ncar: road, kerb", "'boat: water, pier'"),
+        ("First: water\nSecond: pier", "'First: water'"),
+        ("water\npier\nThese are common.\nsky", "'These are common.'"),
+        ("- water\npier", "'pier'"),
+        ("water/pier\nsky", "'water/pier'"),
+        ("water - pier - sky", "'water - pier - sky'"),
+        ("Absolutely.\nwater\npier", "'Absolutely.'"),
+        ("\\item water", r"'\\item water'"),
+        ("1\nwater\n2\npier", "'1'"),
+        ("```\nwater\n```\n```\npier\n```", "2 code blocks"),
+    ],
+)
+def test_parse_refuses_what_is_unclear(answer, line):
+    text = "Expected argument `answer` to be a list of words, but got "
+    with pytest.raises(ValueError, match=re.escape(text)) as error:
+        BackgroundSet.parse(answer)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parse_of_no_text():
+    with pytest.raises(TypeError, match="argument `answer` to be a text, but got list"):
+        BackgroundSet.parse(["water"])
+
+
+@pytest.mark.parametrize("answer", ["Boats are often on water, near a pier.", "I'm sorry, I can't help.", "[]"])
+def test_parse_of_prose(answer):
+    with pytest.raises(ValueError, match=re.escape("Expected argument `answer` to be a list of words, but got ")):
+        BackgroundSet.parse(answer)
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "Here are the words:", "1.\n2."])

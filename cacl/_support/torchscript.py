@@ -23,8 +23,11 @@ _FIELDS = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:
 def is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # whose list of files cannot be read
+        return False
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cacl._support.files import replacing
+from cacl._support.unwrapped import one_state
 from cacl.errors import InputError, first_line
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -30,17 +32,25 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
             raise
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """What :func:`save_state` wrote, on the CPU."""
+def load_state(path: Path, *, kind: str = "", foreign: bool = False) -> dict[str, Any]:
+    """What :func:`save_state` wrote, on the CPU; with ``foreign``, what another program did, which may hold more.
+
+    ``kind`` is what the network is called, where it is a certain one.
+    """
     try:
         check_inflated(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds; each means that the file is something else
-        raise InputError(f"{path}: not a checkpoint (nothing in it was run): {first_line(error)}") from None
+        more = foreign and isinstance(error, UnpicklingError)
+        remedy = "; a file of torch.save(model.state_dict(), …), which holds nothing else, is read" if more else ""
+        raise InputError(
+            f"{path}: not a {f'{kind} ' if kind else ''}checkpoint (nothing in it was run): {first_line(error)}{remedy}"
+        ) from None
     if not isinstance(state, dict):
-        raise InputError(f"{path}: expected a checkpoint, but got {type(state).__name__}")
+        wanted = f"a state dict (name -> tensor) of a {kind} model" if kind else "a checkpoint"
+        raise InputError(f"{path}: expected {wanted}, but got {type(state).__name__}")
     return state
 
 
@@ -54,10 +64,16 @@ def check_inflated(path: Path) -> None:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) -> None:
-    """Load a state dict that fits in every name and shape, or refuse and leave the module as it was."""
+    """Load a state dict that fits in every name and shape, or refuse and leave the module as it was.
+
+    It may be as a training left it: in another dict, or under what DDP, torch.compile and others put before names.
+    """
     if not isinstance(state, Mapping):
         raise InputError(f"{source}: expected weights, but got {type(state).__name__}")
     own = module.state_dict()
+    marker = next((name for name, value in own.items() if isinstance(value, Tensor)), "")
+    if marker not in state:
+        state = one_state(state, marker, source, "network") or state
     extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
     state = {**extra, **state}
     fitting = [k for k, v in own.items() if _fits(v, state.get(k, extra))]

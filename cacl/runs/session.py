@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cacl import scenes
+from cacl._support.answers import check_given
 from cacl._support.distributed import local_device, local_rank_zero_first, local_world_size, rank_zero
 from cacl._support.identity import UnknownError, identity
 from cacl._support.pool import usable_cores
@@ -82,6 +83,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.chain = self.chain or self.config.chain
+        check_given(self.given_encoder, self.given_backbone, self.given_criterion)
 
     @property
     def out(self) -> Path:

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cacl._support.weights import check_can_be_saved
+from cacl._support.answers import check_callable, check_terms
+from cacl._support.weights import check_can_be_saved, evaluating
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import FORMATS, Dataset
-from cacl.errors import InputError, InputTypeError, first_line
+from cacl.errors import InputError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
@@ -102,7 +103,8 @@ def train_cacl(
         journal: log and checkpoint.
 
     Raises:
-        ValueError: if what the criterion gives has no ``total``, and as :func:`cacl.training.train` does.
+        ValueError: if what the criterion gives has no ``total`` that is a scalar with a gradient, and as
+            :func:`cacl.training.train` does.
     """
     net.train()
     modules: dict[str, nn.Module] = {"net": net}
@@ -117,10 +119,7 @@ def train_cacl(
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         terms = criterion(batch.images, net(batch.images).cams, batch.labels)
-        if not isinstance(getattr(terms, "total", None), Tensor) or not hasattr(terms, "_asdict"):
-            raise InputError(
-                f"Expected argument `criterion` to return a NamedTuple with a `total`, but got {type(terms).__name__}."
-            )
+        check_terms(terms)
         others = {name: value for name, value in terms._asdict().items() if name != "total"}
         return {"loss": terms.total, **_logged({**others, **record()}, terms.total.device)}
 
@@ -157,9 +156,8 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
         given: object = run.given_criterion
         if isinstance(given, nn.Module):
             check_can_be_saved("criterion", given)
-        if run.given_criterion is not None and not callable(given):
-            raise InputTypeError(f"Expected argument `criterion` to be callable, but got {type(given).__name__}.")
         if run.given_criterion is not None:
+            check_callable("criterion", given)
             return run.given_criterion
         suppression = BGSuppressionLoss(
             settings.threshold,
@@ -182,6 +180,18 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
         )
 
     return run.shared("criterion", make)
+
+
+def _check(run: Context, settings: CACL) -> None:
+    """Whether the loss can be computed: an encoder's first answer comes here, not after the warm-up."""
+    criterion = criterion_of(run, settings)
+    if not isinstance(criterion, CACLLoss):
+        return
+    device, classes = run.machine.device, len(criterion.names)
+    images = torch.linspace(-1, 1, 3 * 8 * 8, device=device).view(1, 3, 8, 8)
+    cams = torch.full((1, classes, 2, 2), 0.5, device=device, requires_grad=True)
+    with evaluating(criterion), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        criterion(images, cams, torch.eye(1, classes))
 
 
 def _run(run: Context, settings: CACL, folder: Path, journal: Journal) -> None:
@@ -238,7 +248,7 @@ STAGE = Stage(
     needs=("warmup",),
     uses=("encoder", "criterion"),
     depends=_depends,
-    check=criterion_of,
+    check=_check,
     scored_on="eval",
     score=_score,
     score_depends=lambda run, settings: (run.table(CAMs),),

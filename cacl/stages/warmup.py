@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
+from cacl._support.checks import check_labels
 from cacl.camnet import CAMNet
 from cacl.datasets import Dataset
 from cacl.loading import Batch
@@ -54,6 +55,7 @@ def train_classifier(
 
     def step(batch: Batch) -> Mapping[str, Tensor]:
         logits = net(batch.images).scores.mean((2, 3)).float()
+        check_labels(batch.labels, net.num_classes)
         labels = batch.labels.to(logits.device, non_blocking=True)
         return {"loss": F.multilabel_soft_margin_loss(logits, labels) * batch.share}
 
