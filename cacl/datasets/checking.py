@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacl._support.pool import usable_cores
+from cacl._support.cores import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.dataset import Dataset
