@@ -51,7 +51,7 @@ def read_image(path: Path) -> tv_tensors.Image:
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))
             image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1), device="cpu")
 
 
 def read_mask(path: Path) -> tv_tensors.Mask:
@@ -63,7 +63,7 @@ def read_mask(path: Path) -> tv_tensors.Mask:
     with open_image(path, "a mask") as file:
         if file.mode not in ("P", "L", "1"):
             raise InputError(f"{shown(path)}: expected a palette or grey mask, but got mode {file.mode}")
-        return tv_tensors.Mask(torch.from_numpy(np.array(file, dtype=np.uint8)))
+        return tv_tensors.Mask(torch.from_numpy(np.array(file, dtype=np.uint8)), device="cpu")
 
 
 @contextmanager

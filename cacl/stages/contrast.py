@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
@@ -158,13 +159,14 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
             raise InputTypeError(f"Expected argument `criterion` to be callable, but got {type(given).__name__}.")
         if run.given_criterion is not None:
             return run.given_criterion
-        suppression = BGSuppressionLoss(
-            settings.threshold,
-            mode=settings.threshold_mode,
-            bounds=settings.threshold_bounds,
-            quantile=settings.threshold_quantile,
-            momentum=settings.threshold_momentum,
-        )
+        with building():
+            suppression = BGSuppressionLoss(
+                settings.threshold,
+                mode=settings.threshold_mode,
+                bounds=settings.threshold_bounds,
+                quantile=settings.threshold_quantile,
+                momentum=settings.threshold_momentum,
+            )
         return CACLLoss(
             run.encoder,
             run.train.classes,
