@@ -19,6 +19,7 @@ from cacl import pipeline
 from cacl._support.checks import check_choice, check_positive
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero
 from cacl._support.files import locked, write_json, write_text
+from cacl._support.surroundings import training_alone
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
@@ -41,6 +42,7 @@ class Trial(NamedTuple):
     """Median seconds a step."""
 
 
+@training_alone()
 def run(
     config: Config | str | os.PathLike[str],
     *,

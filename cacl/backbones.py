@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cacl._support.files import home
 from cacl._support.unwrapped import one_state
 from cacl._support.weights import check_weights, load_state
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -50,6 +51,8 @@ class ResNet(nn.Module):
         if weights is not None and file is None and weights not in (*available, "DEFAULT"):
             choices = ", ".join((*available, "DEFAULT"))
             raise expected("weights", f"None, a file, or one of {choices} for {name}", repr(weights))
+        if weights is not None and file is None and torch.hub.get_dir().startswith("~"):
+            home(f"The weights {weights} of {name}")
         try:
             network = models.get_model(name, weights=None if file else weights)
         except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or another file than expected
@@ -88,7 +91,7 @@ class ResNet(nn.Module):
                 first.stride, second.stride = second.stride, first.stride
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.caffe)
+        return torch.tensor(self.caffe, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self._lay_out(caffe=bool(state))
@@ -178,7 +181,11 @@ def _own(place: str, rest: str) -> str:
 def _take_over_input(state: dict[str, Tensor]) -> None:
     """The first convolution of a blue, green, red image of 0 … 255 less a mean -> that of a normalised image."""
     weight = state["stem.0.weight"].double().flip(1)
-    mean, std = (255 * torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    shift = (weight * (mean - torch.tensor(_CAFFE_MEAN, dtype=torch.float64).view(1, 3, 1, 1))).sum((1, 2, 3))
+    mean, std = (
+        255 * torch.tensor(x, dtype=torch.float64, device="cpu").view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    shift = (weight * (mean - torch.tensor(_CAFFE_MEAN, dtype=torch.float64, device="cpu").view(1, 3, 1, 1))).sum(
+        (1, 2, 3)
+    )
     state["stem.0.weight"] = (weight * std).float()
     state["stem.1.running_mean"] = (state["stem.1.running_mean"].double() - shift).float()

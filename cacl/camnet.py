@@ -109,7 +109,7 @@ class CAMNet(nn.Module):
         height, width = images.shape[-2:]
         if classes is not None and not len(classes):
             return images.new_zeros(len(images), 0, *(size or (height, width)), dtype=torch.float32)
-        total = torch.zeros((), device=images.device)
+        total = torch.zeros((), dtype=torch.float32, device=images.device)
         with evaluating(self):
             for scale in scales:
                 target = (max(1, round(height * scale)), max(1, round(width * scale)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
+from cacl._support.files import check_working_folder
 from cacl.datasets import FORMATS
 from cacl.errors import InputError, did_you_mean, quoted, shown
 from cacl.settings import Backgrounds, CAMNetwork, Data, Encoder, Mark, Prompts, Report, Run, Scenes, Table
@@ -78,6 +79,7 @@ class Config(Table):
         Raises:
             ValueError: one line that names file, table and key.
         """
+        check_working_folder()
         name, kind = str(source), config_class(chain)
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
         config = _validated(kind, _merge(tables, _absolute(_overrides(overrides), Path.cwd(), kind)), name)

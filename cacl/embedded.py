@@ -79,7 +79,7 @@ class TwoTowers(nn.Module):
             ValueError: if a word is not known.
         """
         rows = [re.findall(r"[^\W_]+", text.lower()) for text in texts]
-        tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+        tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64, device="cpu")
         for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
             for j, word in enumerate(row):
                 if word not in self.index:

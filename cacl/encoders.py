@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.clip_checkpoint import read_clip
+from cacl._support.files import home
+from cacl._support.surroundings import building
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.embedded import TwoTowers, load_towers
 from cacl.errors import InputError, did_you_mean, first_line
@@ -65,7 +68,8 @@ def load_encoder(
     if name.startswith("open_clip:"):
         encoder: _Frozen = OpenCLIPEncoder.load(name.removeprefix("open_clip:"), root=root)
     elif name == "scenes":
-        encoder = ScenesEncoder(load_towers())
+        with building():
+            encoder = ScenesEncoder(load_towers())
     elif Path(name).is_file():
         encoder = CLIPEncoder(_build_clip(read_clip(Path(name), _clip_hashes), name))
     else:
@@ -94,7 +98,9 @@ class _Frozen(nn.Module, ABC):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        features: Tensor = self.model.encode_text(self.tokenize(list(texts)).to(next(self.parameters()).device))
+        with torch.device("cpu"):
+            tokens = self.tokenize(list(texts))
+        features: Tensor = self.model.encode_text(tokens.to(next(self.parameters()).device))
         return features
 
     @abstractmethod
@@ -145,11 +151,16 @@ class OpenCLIPEncoder(_Frozen):
             import open_clip
         except ImportError as error:
             raise ImportError(f"open_clip models need an extra: pip install 'cacl[open-clip]' ({error})") from None
+        if root is None and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
+            home(f"open_clip:{name}")
         if model not in open_clip.list_models():
             raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
         try:  # the words first: what they need may be missing, and the weights are large
             tokenizer = open_clip.get_tokenizer(model)
-            network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
+            with building():
+                network = open_clip.create_model(model, pretrained=pretrained, cache_dir=root and str(root))
+        except InputError:
+            raise
         except Exception as error:  # of many kinds, if PRETRAINED is no file of such weights
             if isinstance(error, ImportError) or re.search("pip install|need to have .* installed", str(error)):
                 raise _lacking(name, error) from None
@@ -229,7 +240,7 @@ def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, 
             f"Expected an encoder name (one of {', '.join(models)}, or open_clip:MODEL/PRETRAINED) or the path of a "
             f"checkpoint, but got {name!r}{did_you_mean(name, models)}"
         )
-    folder = Path(root) if root is not None else Path.home() / ".cache" / "clip"
+    folder = Path(root) if root is not None else home(f"CLIP {name}") / ".cache" / "clip"
     try:
         return read_clip(Path(clip.clip._download(models[name], str(folder))), _clip_hashes)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -250,7 +261,10 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
     missing = [key for key in needed if key not in state]
     # Of the loss that CLIP was trained with: they encode nothing, and one may be missing, the other too many.
-    state = {"logit_scale": torch.zeros(()), **{name: value for name, value in state.items() if name != "logit_bias"}}
+    state = {
+        "logit_scale": torch.zeros((), device="cpu"),
+        **{name: value for name, value in state.items() if name != "logit_bias"},
+    }
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
     context, vocabulary = (
@@ -263,7 +277,10 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the parameters ask for
             clip.model.build_model({key: value.to("meta") for key, value in state.items()})
-        network: nn.Module = clip.model.build_model(dict(state))
+        with building():
+            network: nn.Module = clip.model.build_model(dict(state))
+    except InputError:
+        raise
     except Exception as error:  # whatever a state dict of other sizes makes it raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: its parameters do not make a CLIP model: {reason}") from None

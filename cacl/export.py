@@ -90,7 +90,7 @@ class _PhotoToProbabilities(nn.Module):
                 if isinstance(child, nn.MaxPool2d) and not (child.ceil_mode or child.return_indices):
                     setattr(module, name, _MaxPool(child))
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
+            self.register_buffer(name, torch.tensor(values, device="cpu")[:, None, None] * 255)
 
     def forward(self, photo: Tensor) -> Tensor:
         logits = self.net((photo - self.mean) / self.std)
@@ -117,11 +117,11 @@ def _program(net: DeepLabV2) -> ExportedProgram:
     try:
         net = copied("segmenter", net).cpu().eval().requires_grad_(False)
         with torch.no_grad():
-            stride = -(-128 // net.logits(torch.zeros(1, 3, 128, 128)).shape[-1])
+            stride = -(-128 // net.logits(torch.zeros(1, 3, 128, 128, device="cpu")).shape[-1])
             # At half the size there must be more than one cell: symbolic sizes take 1 for a case of its own.
             smallest = max(SMALLEST, 4 * stride)
             height, width = (torch.export.Dim(name, min=smallest, max=LARGEST) for name in ("height", "width"))
-            photo = torch.zeros(1, 3, 3 * smallest + 1, 4 * smallest + 3, dtype=torch.uint8)
+            photo = torch.zeros(1, 3, 3 * smallest + 1, 4 * smallest + 3, dtype=torch.uint8, device="cpu")
             program = torch.export.export(
                 _PhotoToProbabilities(net), (photo,), dynamic_shapes={"photo": {2: height, 3: width}}, strict=False
             )

@@ -81,7 +81,7 @@ def read_image(path: Path, range: Range | None = None) -> tv_tensors.Image:
         image = _from_deep(path, file, depth, range) if depth.deep else _from_bytes(path, file, depth, range)
         turn = _TURNS.get(orientation(file))
         pixels = np.array(image if turn is None else image.transpose(turn))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1), device="cpu")
 
 
 def read_mask(path: Path) -> tv_tensors.Mask:
@@ -115,7 +115,7 @@ def read_mask(path: Path) -> tv_tensors.Mask:
                 f"{shown(path)}: expected whole numbers from 0 to {IGNORE}, which is for pixels to ignore, but got "
                 f"{wrong[0]:g}"
             )
-    return tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)))
+    return tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)), device="cpu")
 
 
 def check_range(range: object, name: str = "") -> Range:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cacl._support.distributed import rank, world_size
-from cacl._support.pool import leave_signals, loaded
+from cacl._support.loaders import load
 from cacl.datasets import Dataset
 from cacl.errors import InputError
 from cacl.transforms import RandomView, normalize
@@ -21,15 +20,7 @@ def load_images(
     dataset: Dataset, indices: Sequence[int], workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, normalised ``(3, H, W)``) of some images, loaded by ``workers`` processes, ``pinned`` for a GPU."""
-    loader = DataLoader(
-        _Images(dataset, indices),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pinned,
-        worker_init_fn=leave_signals,
-        generator=torch.Generator(),
-    )
-    for index, image in loaded(loader):
+    for index, image in load(_Images(dataset, indices), workers=workers, pinned=pinned):
         if isinstance(image, InputError):
             raise image
         yield index, image
@@ -92,7 +83,7 @@ def order(images: int, batch_size: int, seed: int, steps: Iterable[int]) -> Iter
             if position // images != epoch:
                 epoch = position // images
                 generator = torch.Generator().manual_seed(mixed(seed, "order", epoch))
-                permutation = torch.randperm(images, generator=generator).tolist()
+                permutation = torch.randperm(images, generator=generator, device="cpu").tolist()
             keys.append((epoch, permutation[position % images]))
         yield keys
 
@@ -107,18 +98,18 @@ def load_batches(
     masks: bool,
     workers: int,
     device: torch.device,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[Batch]:
-    """This process's part of the batch of each step, on the device."""
-    loader = DataLoader(
+    """This process's part of the batch of each step, on the device, until one that is waited for need not come."""
+    batches = load(
         _Views(dataset, view, seed, masks),
-        batch_sampler=(keys[rank() :: world_size()] for keys in order(len(dataset), batch_size, seed, steps)),
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals,
-        generator=torch.Generator(),  # else the loader draws from the global one
+        workers=workers,
+        batches=(keys[rank() :: world_size()] for keys in order(len(dataset), batch_size, seed, steps)),
+        collate=_collate,
+        pinned=device.type == "cuda",
+        stop=stop,
     )
-    for batch in loaded(loader):
+    for batch in batches:
         if isinstance(batch, InputError):
             raise batch
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)

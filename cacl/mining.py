@@ -103,7 +103,7 @@ def crf_labels(
     count = len(classes) + 1
     given = torch.stack([torch.where(largest > score, winner + 1, 0) for score in scores])
     # A label that nobody has before the CRF has none after it either; left out, it costs nothing.
-    present = given[:, None] == torch.arange(count)[:, None, None]
+    present = given[:, None] == torch.arange(count, device="cpu")[:, None, None]
     shown = present.any(3, keepdim=True).any(2, keepdim=True).float()
     others = (1 - confidence) / (shown.sum(1, keepdim=True) - 1).clamp(min=1)
     probabilities = shown * torch.where(present, confidence, others)

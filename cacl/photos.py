@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,16 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as views
 
-from cacl._support.pool import can_be_sent, leave_signals, loaded, map_processes
+from cacl._support.loaders import load
+from cacl._support.pool import map_processes
 from cacl._support.progress import watched
+from cacl._support.surroundings import building
 from cacl._support.weights import evaluating, load_state, load_weights, save_state
 from cacl.constants import IGNORE
 from cacl.crf import dense_crf
@@ -27,13 +28,7 @@ from cacl.images import Mask, Pixels, Range, check_range, read_image
 from cacl.settings import CRF, CRFArguments, Machine, Sigma, Weight
 from cacl.transforms import normalize
 
-logger = logging.getLogger("cacl")
-
 R = TypeVar("R")
-
-
-T = TypeVar("T")
-
 
 _PRESENT = 0.01
 """A class that is nowhere more probable than this is left out of the CRF, whose cost grows with their number."""
@@ -89,7 +84,7 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
         raise InputError(
             f"{path}: this segmenter's backbone is a module that was passed in; pass one such to `load_segmenter`"
         )
-    with torch.random.fork_rng(devices=[]):
+    with building():
         net = DeepLabV2(len(classes) + 1, backbone=str(name) if name or backbone is None else backbone, weights=None)
     load_weights(net, weights, path)
     segmenter = Segmenter(net.eval(), classes)
@@ -132,23 +127,10 @@ def segment_photos(
     reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(machine.device).type == "cpu":
-        workers = machine.workers
-        if workers > 1 and not can_be_sent(net):
-            logger.info("%s: in one process, as the network's backbone cannot be sent to others", desc)
-            workers = 0
-        results = map_processes(
-            _Whole(net, reading, finishing), [index for index, _ in enumerate(photos)], workers=workers
-        )
+        indices = [index for index, _ in enumerate(photos)]  # `range` is another here
+        results = map_processes(_Whole(net, reading, finishing), indices, workers=machine.workers)
     else:
-        loader = DataLoader(
-            reading,
-            batch_size=None,
-            num_workers=machine.workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=leave_signals,
-            generator=torch.Generator(),
-        )
-        logits = (_infer(net, photo, machine.device) for photo in loaded(loader))
+        logits = (_infer(net, photo, machine.device) for photo in load(reading, workers=machine.workers))
         results = map_processes(finishing, logits, workers=machine.crf_workers)
     return iter(watched(results, total=len(photos), desc=desc, progress=machine.progress))
 
@@ -162,8 +144,8 @@ class _Photo(NamedTuple):
 
 class _Logits(NamedTuple):
     photo: _Photo
-    values: Tensor
-    """``(C, h, w)`` at the trunk's stride, on the CPU."""
+    values: NDArray[np.float32]
+    """``(C, h, w)`` at the trunk's stride: no tensor, which other processes would get through the shared memory."""
 
 
 class _Reading(torch.utils.data.Dataset[Any]):
@@ -200,7 +182,9 @@ class _Finishing(Generic[R]):
         if isinstance(logits, InputError):
             return index, logits
         photo = logits.photo
-        return index, self.finish(index, photo.pixels, mask_of(logits.values, photo.pixels, photo.size, self.crf))
+        return index, self.finish(
+            index, photo.pixels, mask_of(torch.from_numpy(logits.values), photo.pixels, photo.size, self.crf)
+        )
 
 
 @dataclass(frozen=True)
@@ -225,17 +209,13 @@ def _infer(
     with torch.no_grad(), evaluating(net):
         logits = net(image.to(device, memory_format=torch.channels_last))
     assert isinstance(logits, Tensor)
-    return index, _Logits(photo, logits[0].float().cpu())
-
-
-def _as_it_is(item: T) -> T:
-    return item
+    return index, _Logits(photo, logits[0].float().cpu().numpy())
 
 
 def mask_of(logits: Tensor, pixels: Pixels, size: tuple[int, int], crf: CRFArguments | None = None) -> Mask:
     """Logits ``(C, h, w)`` of a photo ``(h', w', 3)`` -> its mask ``(H, W)`` = ``size``, after a CRF on the photo."""
     values = probabilities(logits[None], pixels.shape[:2])[0]
-    labels = torch.arange(len(values))
+    labels = torch.arange(len(values), device=values.device)
     if crf is not None:
         labels = labels[values.amax((1, 2)) >= min(_PRESENT, float(values.max()))]
         values = torch.from_numpy(dense_crf(pixels, values[labels].numpy(), **crf))
@@ -243,8 +223,8 @@ def mask_of(logits: Tensor, pixels: Pixels, size: tuple[int, int], crf: CRFArgum
     if tuple(best.shape) != tuple(size):
         # One class after the other, and only those that are seen: all of them at the size of a large photo are much.
         seen = torch.unique(best)
-        larger = torch.full(size, -1.0)
-        best = torch.zeros(size, dtype=torch.int64)
+        larger = torch.full(size, -1.0, device=values.device)
+        best = torch.zeros(size, dtype=torch.int64, device=values.device)
         for label in seen:
             map_ = F.interpolate(values[label][None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
             best = torch.where(map_ > larger, label, best)

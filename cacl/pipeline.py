@@ -15,6 +15,7 @@ from cacl._support.answers import check_callable
 from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero, world_size
 from cacl._support.files import locked, read_json, write_json, write_text
+from cacl._support.surroundings import defaults_of, training_alone
 from cacl.config import Config
 from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder
@@ -36,6 +37,7 @@ STAGES = (*(stage.name for stage in CHAIN), "report")
 """The names of CA-CL's stages and of what follows them, in their order."""
 
 
+@training_alone()
 def run(
     config: Config | str | PathLike[str],
     *,
@@ -52,7 +54,8 @@ def run(
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint. Under ``torchrun``, or where ``torch.distributed`` has a default group, all processes call this and
-    share the work; their number changes nothing.
+    share the work; their number changes nothing. Where another thread of this process is in a run, this one waits for
+    its end.
 
     What is given instead of the configuration's is told apart by its class and all that is in it, or by a text ``key``
     of its own; where neither will do, what follows from it is done again each time.
@@ -83,7 +86,7 @@ def run(
     session = Session(config, encoder, backbone, criterion, chain=_whole(config))
     wanted = _wanted(session.chain, stages)
     device = local_device(config.run.device, "[run] device")
-    with process_group(device, config.run.timeout_seconds), locked(config.run.out):
+    with defaults_of(device), process_group(device, config.run.timeout_seconds), locked(config.run.out):
         try:
             _prepare(session, wanted, resume=resume)
             for number, stage in enumerate(session.chain):

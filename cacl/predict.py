@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from cacl._support.checks import check_integer
+from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import find_device
 from cacl._support.files import replacing
 from cacl._support.names import without_ending
-from cacl._support.pool import usable_cores
 from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.crf import Backend, check_backend
@@ -112,11 +112,12 @@ def predict(
         ),
     )
     made = []
-    for index, result in results:
-        if isinstance(result, InputError):
-            problems.append(str(result))
-        else:
-            made.append(targets[index])
+    with threads_of_cores():
+        for index, result in results:
+            if isinstance(result, InputError):
+                problems.append(str(result))
+            else:
+                made.append(targets[index])
     return Predicted(segmenter.classes, made, problems, others)
 
 

@@ -205,7 +205,7 @@ def _change(edges: Tensor, radius: int, beta: float, negligible: float) -> Tenso
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch calls all of CSR "beta"
         return torch.sparse_csr_tensor(
-            pixels * len(disc), neighbours.flatten(), weights.flatten(), check_invariants=False
+            pixels * len(disc), neighbours.flatten(), weights.flatten(), device=edges.device, check_invariants=False
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from cacl._support.checkpoint import restore
 from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
+from cacl._support.loaders import naming_dead_loaders
 from cacl._support.parallel import distributed
 from cacl._support.pending import Pending, short
-from cacl._support.pool import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.signals import Interrupts
-from cacl._support.weights import save_state
+from cacl._support.surroundings import generator_alone, training_alone
+from cacl._support.waiting import WAITED
+from cacl._support.weights import are_finite, check_takes_part, save_state
 from cacl.datasets import Dataset
 from cacl.errors import InputError, NotFiniteError, expected
 from cacl.loading import Batch, load_batches, mixed, order
@@ -104,6 +106,7 @@ class Loop:
         return math.ceil(self.epochs * images / self.batch_size)
 
 
+@training_alone()
 def train(
     step: Callable[[Batch], Mapping[str, Tensor]],
     modules: Mapping[str, nn.Module],
@@ -121,7 +124,8 @@ def train(
 
     A run that was stopped goes on from ``checkpoint`` and ends with the same weights, bit for bit on a CPU, as one
     that was not: what is random about a sample or a step is drawn from (seed, epoch, sample) or (seed, step). SIGINT
-    and SIGTERM take effect after the step, when a last checkpoint has been saved; a second one does at once.
+    and SIGTERM take effect after the step, when a last checkpoint has been saved; a second one does at once. Gradients
+    are on, whatever was switched outside; where another thread trains, this one waits for its end.
 
     Where ``torch.distributed`` has a default group, all its processes call this, each gets its part of every batch, and
     ``DistributedDataParallel`` takes the mean of the gradients; on GPUs, batch norm that trains sees the whole batch
@@ -145,10 +149,11 @@ def train(
         NotFiniteError: if a loss is not finite; the last good checkpoint stays.
         ValueError: if an image does not decode, a checkpoint does not fit, or there are more processes than images in
             a batch; names the file.
-        ChildProcessError: if a process that loads images dies.
+        ChildProcessError: if a process that loads images dies, or all of them do nothing for a long time.
     """
     if loop.batch_size < world_size():
         raise expected("batch_size", f"at least 1 image for each of the {world_size()} processes", loop.batch_size)
+    check_takes_part(modules)
     device = torch.device(loop.device)
     steps = loop.steps(len(dataset))
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
@@ -163,13 +168,10 @@ def train(
     rank_zero(lambda: log.rewind(name, start) if log is not None else None)
     run = step if world_size() == 1 else distributed(step, modules, device)
 
-    def finite() -> bool:
-        values = (value for module in modules.values() for value in module.state_dict().values())
-        return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
-
     def save(done: int) -> None:
-        if checkpoint is None or rank() > 0 or not finite():  # a finite loss may have had an update that is not
-            return
+        pending.flush()
+        if checkpoint is None or rank() > 0 or pending.failed is not None or not are_finite(modules):
+            return  # a finite loss may have had an update that is not
         states = {k: module.state_dict() for k, module in modules.items()}
         state = {"modules": states, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_state(checkpoint, {"key": key, "step": done, **state})
@@ -183,13 +185,14 @@ def train(
 
     batches = load_batches(
         dataset, loop.view, batch_size=loop.batch_size, seed=loop.seed, steps=range(start, steps), masks=loop.masks,
-        workers=loop.workers, device=device,
+        workers=loop.workers, device=device, stop=lambda: interrupts.came_before(WAITED),
     )  # fmt: skip
 
     def ids(number: int) -> list[str]:
         """What the images of a step are called, those of the other processes included."""
-        return [dataset.entries[i].id for _, i in next(order(len(dataset), loop.batch_size, loop.seed, [number]))]
+        return [dataset.entries[i].id for _, i in next(_order(len(dataset), loop, number, number + 1))]
 
+    done = start
     bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
     pending = Pending(name, emit)
     saved = clock = time.monotonic()
@@ -197,17 +200,18 @@ def train(
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
         for number, batch in enumerate(bar, start=start):
-            torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
             factor = _SCHEDULES[loop.schedule](number / steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
-                terms = run(batch)
-            scaler.scale(terms["loss"]).backward()
+            with generator_alone:
+                torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
+                with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
+                    terms = run(batch)
+                scaler.scale(terms["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
-            now = time.monotonic()
+            now, done = time.monotonic(), number + 1
             record = {
                 "stage": name,
                 "step": number + 1,
@@ -219,19 +223,21 @@ def train(
             pending.add(record, partial(ids, number), terms, interrupts.came)
             stopping = pending.due(pending.stop, number + 1) or (world_size() == 1 and interrupts.came)
             if stopping or now - saved > loop.checkpoint_seconds:
-                pending.flush()
-                if pending.failed is None:
-                    save(number + 1)
+                save(number + 1)
                 saved = time.monotonic()
             if pending.due(pending.failed, number + 1):
                 raise pending.failure
             if stopping:
                 pending.stop = None
                 interrupts.take_effect()
+        if done < steps:  # a batch did not come
+            save(done)
+            interrupts.take_effect()
+            raise ChildProcessError(f"{name}: stopped at step {done}, as the next images did not come")
         pending.flush()
         if pending.failed is not None:
             raise pending.failure
-        if start < steps and not all(gather(finite())):  # after the last update there is no loss that shows it
+        if start < steps and not all(gather(are_finite(modules))):  # no loss shows it after the last update
             raise NotFiniteError(
                 f"{name}: the weights are not finite after step {steps}; the last good checkpoint is kept. A lower "
                 "learning rate may help."
@@ -247,6 +253,11 @@ _SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "poly": lambda done: (1 - done) ** 0.9,
     "constant": lambda done: 1.0,
 }
+
+
+def _order(images: int, loop: Loop, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, index) keys of the steps from ``start`` up to ``steps``."""
+    return order(images, loop.batch_size, loop.seed, range(start, steps))
 
 
 def fit(

@@ -21,9 +21,10 @@ def normalize(image: Tensor, *, out: Tensor | None = None) -> Tensor:
         out: where to write, ``(H, W, 3)``; a new tensor if None.
     """
     _, height, width = image.shape
-    out = torch.empty(height, width, 3) if out is None else out
+    out = torch.empty(height, width, 3, dtype=torch.float32, device=image.device) if out is None else out
     # A row is treated as a whole: a constant for each of three neighbours is slow.
-    mean, std = (torch.tensor(values).repeat(width) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    statistics = torch.tensor((IMAGENET_MEAN, IMAGENET_STD), dtype=torch.float32, device=image.device)
+    mean, std = statistics.repeat(1, width) * 255
     rows = image.as_subclass(Tensor).permute(1, 2, 0).reshape(height, 3 * width)
     torch.sub(rows, mean, out=out.view(height, 3 * width)).div_(std)
     return out.permute(2, 0, 1)
@@ -56,7 +57,7 @@ class RandomView:
         self, image: tv_tensors.Image, mask: tv_tensors.Mask | None = None, *, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """``(3, H, W)`` uint8 and ``(H, W)`` uint8 -> ``(3, crop, crop)`` float32 and ``(crop, crop)`` uint8."""
-        factor, mirror, top, left = torch.rand(4, generator=generator).tolist()
+        factor, mirror, top, left = torch.rand(4, generator=generator, dtype=torch.float32, device="cpu").tolist()
         height, width = image.shape[-2:]
         low, high = self.scale
         longer = self.crop * (low + (high - low) * factor)
@@ -72,11 +73,11 @@ class RandomView:
             x = F.crop(F.resize(x, sizes, antialias=True), *cut, *kept)
             return F.horizontal_flip(x) if mirror < self.flip else x
 
-        canvas = torch.zeros(self.crop, self.crop, 3)
+        canvas = torch.zeros(self.crop, self.crop, 3, dtype=torch.float32, device=image.device)
         normalize(view(image), out=canvas[window])
         result = canvas.permute(2, 0, 1)
         if mask is None:
             return result, None
-        cropped = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)
+        cropped = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8, device=mask.device)
         cropped[window] = view(mask)
         return result, cropped

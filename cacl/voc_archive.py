@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from cacl._support.checks import check_choice
+from cacl._support.cores import usable_cores
 from cacl._support.files import replacing
 from cacl._support.pillow import orientation
-from cacl._support.pool import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.listing import VOC_CLASSES

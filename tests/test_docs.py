@@ -9,6 +9,7 @@ A snippet in an unknown language and an unknown command fail.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -17,7 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
+import types
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +37,10 @@ from PIL import Image
 
 import cacl
 from cacl import BackgroundSet, CACLLoss, CAMNet, ablate, cli, load_encoder, pipeline
+from cacl._support import loaders, pool, waiting
 from cacl._support.distributed import _reported
+from cacl._support.surroundings import training_alone
+from cacl._support.weights import check_takes_part
 from cacl.config import Config, config_class
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
@@ -383,6 +391,81 @@ def mistakes(place: Path):
         with _reported():
             raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
+    def heard(call):
+        """What is logged."""
+        lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
+        logger = logging.getLogger("cacl")
+        logger.addHandler(handler)
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        waiting.warn_once.cache_clear()
+        try:
+            call()
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        return lines
+
+    def no_room():
+        loaders._received(loaders._Piped(np.zeros(1)))
+
+    def no_processes():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaders, "Lock", lambda: no_network())
+            list(load_images(CSVDataset(write_csv(place / "alone"), "train"), [0], 1))
+
+    def standing_still():
+        patience = waiting.Patience([])
+        patience._since -= waiting.PATIENCE + 1
+        patience.check("load images")
+
+    def of_a_notebook():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+            list(pool.map_processes(partial(getattr, "__main__"), ["upper", "lower"], workers=2))
+
+    def two_threads():
+        begun = threading.Event()
+
+        def train():
+            with training_alone():
+                begun.set()
+                time.sleep(0.2)
+
+        threading.Thread(target=train).start()
+        begun.wait()
+        with training_alone():
+            pass
+
+    def other_dtype():
+        torch.set_default_dtype(torch.float64)
+        try:
+            load_encoder("scenes")
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def made_for_inference():
+        with torch.inference_mode():
+            check_takes_part({"encoder": TinyEncoder()})
+
+    def homeless():
+        def nobody():
+            raise RuntimeError("Could not determine home directory.")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "home", nobody)
+            patch.chdir(place / "photos")
+            load_encoder("ViT-B/32")
+
+    def folder_gone():
+        (place / "gone").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place / "gone")
+            (place / "gone").rmdir()
+            LOAD("scenes")
+
     criterion = CACLLoss(TinyEncoder(), ["boat", "bird", "train"])
     images, cams = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 8, 8)
     (place / "tulips.pt").write_text("no checkpoint")
@@ -390,6 +473,8 @@ def mistakes(place: Path):
     return [
         broken_data, contradictions, wrong_header, without_masks, void_for_the_server, other_model, own_backbone,
         misfit, weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
+        standing_still, other_dtype, made_for_inference, homeless, folder_gone,
+        lambda: heard(no_room), lambda: heard(no_processes), lambda: heard(of_a_notebook), lambda: heard(two_threads),
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),

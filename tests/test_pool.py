@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacl._support import pool as _pool
+from cacl._support import cores as _cores
 from cacl._support.pool import map_processes
 from cacl.errors import InputError
 
@@ -191,6 +191,8 @@ def alive(process: int) -> bool:
         ({"proc/self/cgroup": "0::/not/seen/here\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
         ({"proc/self/cgroup": "3:memory:/\n2:cpu,cpuacct:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "400000",
           "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"}, 4),
+        ({"proc/self/cgroup": "2:cpu,cpuacct:/\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000",
+          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000"}, 1.5),
         ({"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
           "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, None),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "what\n"}, None),
@@ -200,7 +202,7 @@ def test_the_quota_of_a_container(tmp_path, monkeypatch, files, cores):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert _pool._quota(tmp_path) == cores
+    assert _cores._quota(tmp_path) == cores
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
-    monkeypatch.setattr(_pool, "_quota", lambda: cores)
-    assert _pool.usable_cores() == {None: 3, 1.5: 2, 2: 2, 0.5: 1, 4: 3}[cores]
+    monkeypatch.setattr(_cores, "_quota", lambda: cores)
+    assert _cores.usable_cores() == {None: 3, 1.5: 2, 2: 2, 0.5: 1, 4: 3}[cores]

@@ -39,6 +39,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 temporary.unlink(missing_ok=True)
 
 
+def home(what: str) -> Path:
+    """Where downloads are kept, unless somebody says where; ``what`` is to be kept.
+
+    Raises:
+        ValueError: if this process's user has no such folder.
+    """
+    try:
+        return Path.home()
+    except (RuntimeError, KeyError):
+        raise InputError(
+            f"{what}: expected a home folder to keep downloads in, but this user has none: set HOME to a folder that "
+            "can be written to, or give the path of a file"
+        ) from None
+
+
+def check_working_folder() -> None:
+    """Require the current folder, from which relative paths begin, to be there.
+
+    Raises:
+        ValueError: if it was removed.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError("the current folder: it was removed; change to one that is there") from None
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Make an :class:`OSError` say which file it was."""

@@ -125,7 +125,7 @@ class _Looking:
             raise UnknownError(f"`{place}` is a tensor without values of its own")
         learns = self.trained and value.requires_grad and value.is_leaf
         yield f"tensor {value.dtype} {tuple(value.shape)} {learns}".encode()
-        plain = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())  # no view of anything
+        plain = torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value.detach())  # no view of anything
         yield plain.reshape(-1).view(torch.uint8).numpy().data
 
     def _function(self, value: types.FunctionType, place: str) -> Iterator[bytes | memoryview]:

@@ -87,7 +87,7 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, _Step]:
     """Barycentric weights and keys, both ``(d + 1, N)``, of the corners of colour 0 ... d of each point's simplex."""
     d, points = features.shape
     # On the plane where d + 1 coordinates add up to 0, at the scale that gives the blur standard deviation 1
-    deviation = torch.tensor(math.sqrt(2 / 3) * (d + 1)).item()  # float32, as in pydensecrf, to the last bit
+    deviation = torch.tensor(math.sqrt(2 / 3) * (d + 1), dtype=torch.float32, device="cpu").item()  # as in pydensecrf
     position = features.new_empty(d + 1, points)
     total = features.new_zeros(points)
     for j in range(d, 0, -1):
@@ -142,7 +142,10 @@ def _blurs(keys: Tensor, step: _Step) -> list[Tensor]:
     below[: int((keys < step.colour).sum())] += axes * step.colour - sum(step.q)
     padded = torch.cat((keys, keys.new_tensor([torch.iinfo(keys.dtype).max])))
     itself = torch.arange(size + 1, device=keys.device)
-    starts, values = _every(3, size + 1, keys), torch.tensor([0.5, 1, 0.5], device=keys.device).repeat(size + 1)
+    starts, values = (
+        _every(3, size + 1, keys),
+        torch.tensor([0.5, 1, 0.5], dtype=torch.float32, device=keys.device).repeat(size + 1),
+    )
     blurs = []
     for q in step.q:
         wanted = below + q
@@ -165,5 +168,5 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            starts.int(), columns.int(), values, (len(starts) - 1, width), check_invariants=False
+            starts.int(), columns.int(), values, (len(starts) - 1, width), device=values.device, check_invariants=False
         )

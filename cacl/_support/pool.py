@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import atexit
-import math
+import logging
 import os
 import pickle
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import chain, islice
-from multiprocessing import active_children, current_process, parent_process
+from multiprocessing import current_process, parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
-from pathlib import Path
+from multiprocessing.util import Finalize
 from types import ModuleType
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import torch
-from torch.utils.data import DataLoader
 
 from cacl._support.checks import check_integer
 from cacl._support.signals import Interrupts
-from cacl.errors import InputError
+from cacl._support.waiting import POLL, Patience, warn_once, why_not
+from cacl.errors import InputError, first_line
+
+logger = logging.getLogger("cacl")
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 2  # items in flight a worker: one that it works on, one that waits for it
+_GRACE = 5.0  # seconds that a worker has for its last item
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -44,14 +47,16 @@ def map_processes(function: Callable[[T], R], items: Iterable[T], *, workers: in
     closing the iterator early, or an exception, ends the processes.
 
     Args:
-        function: something that can be pickled, as can the items and the results; it is sent once to each worker.
+        function: something that can be pickled, as can the items and the results; it is sent once to each worker. What
+            no other process can be given (a class that is made in a function, or in a script that cannot be read again)
+            is worked out in this one.
         items: what it is called with; what makes them is asked for one as late as possible.
         workers: number of processes; with 0 or 1, or one item, everything happens in this process.
 
     Raises:
         Exception: whatever the function raises for an item, when that item's turn comes; an :class:`InputError` stays
             the line that it was.
-        ChildProcessError: if a worker process dies.
+        ChildProcessError: if a worker process dies, or all of them do nothing for a long time.
     """
     check_integer("workers", workers, 0)
     if isinstance(items, Sized):
@@ -63,18 +68,30 @@ def map_processes(function: Callable[[T], R], items: Iterable[T], *, workers: in
 
 def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     rest = iter(items)
-    first = list(islice(rest, 1))
-    task = pickle.dumps(function)
-    needs_main = b"__main__" in task or b"__main__" in pickle.dumps(first)
-    context = _Context(needs_main)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(task,))
-    flying: deque[Future[R]] = deque()
-    rest = chain(first, rest)
+    first = list(islice(rest, _AHEAD * workers))
     try:
-        flying.extend(pool.submit(_call, item) for item in islice(rest, _AHEAD * workers))
+        task, needs_main = _packed(function, first[:1])
+        context = _Context(needs_main)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(task,))
+    except _Unsendable as error:
+        logger.info("in one process, as others cannot be given the work: %s", error)
+        yield from map(function, chain(first, rest))
+        return
+    except (OSError, NotImplementedError) as error:
+        warn_once(f"in one process, as no other can be started: {why_not(error)}")
+        yield from map(function, chain(first, rest))
+        return
+
+    def submit(item: T) -> Future[R]:
+        with Interrupts():  # a process that is half started would be nobody's
+            return pool.submit(_call, item)
+
+    flying: deque[Future[R]] = deque()
+    try:
+        flying.extend(map(submit, first))
         while flying:
-            result = flying.popleft().result()
-            flying.extend(pool.submit(_call, item) for item in islice(rest, 1))
+            result = _result(flying.popleft(), context)
+            flying.extend(map(submit, islice(rest, 1)))
             yield result
     except InputError as error:
         raise error from None  # without the worker's traceback
@@ -84,90 +101,60 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
             "a script's work does not stand under `if __name__ == '__main__':`. With 1 worker no process is needed."
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool, context)
 
 
-def usable_cores() -> int:
-    """How many cores this process may keep busy: those of its affinity mask, and no more than its container's quota."""
-    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
-    return mask if quota is None else max(1, min(mask, math.ceil(quota)))
+def _result(future: Future[R], context: _Context) -> R:
+    patience = Patience(process.pid for process in context.started)
+    while not wait([future], POLL).done:
+        patience.check("work on images")
+    return future.result()
 
 
-def _quota(system: Path = Path("/")) -> float | None:
-    """The CPU quota of this process's control group and those around it, in cores; None where there is none."""
-    quotas = []
-    with suppress(OSError):
-        for line in (system / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, group = line.split(":", 2)
-            if kinds and "cpu" not in kinds.split(","):
-                continue
-            root = system / "sys/fs/cgroup" / ("" if not kinds else "cpu")
-            inner = root / group.lstrip("/")
-            for folder in (inner, *inner.parents):
-                with suppress(OSError, ValueError):
-                    if kinds:  # version 1
-                        most, period = (int((folder / f"cpu.cfs_{x}_us").read_text()) for x in ("quota", "period"))
-                    else:
-                        most, period = map(int, (folder / "cpu.max").read_text().split())  # "max" is no number
-                    if most > 0 and period > 0:
-                        quotas.append(most / period)
-                if folder == root:
-                    break
-    return min(quotas, default=None)
+def _end(pool: ProcessPoolExecutor, context: _Context) -> None:
+    """Let the workers end; those that do not are made to."""
+
+    def kill() -> None:
+        for process in context.started:
+            if process.pid is not None:
+                process.kill()
+
+    late = threading.Timer(_GRACE, kill)
+    late.daemon = True
+    late.start()
+    pool.shutdown(cancel_futures=True)
+    late.cancel()
 
 
-def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a ``DataLoader`` gives; its processes end with this one, whatever happens.
-
-    Raises:
-        ChildProcessError: if one of them dies.
-    """
-    before = set(active_children())
-    with Interrupts():  # a process that is half started would be waited for at the end
-        batches = iter(loader)
-    _loaders.update(process for process in active_children() if process not in before)
-    with naming_dead_loaders():
-        yield from batches
+class _Unsendable(Exception):
+    """What another process cannot be given."""
 
 
-_loaders: WeakSet[Any] = WeakSet()
-
-
-@atexit.register
-def _end_loaders() -> None:
-    """Before Python asks the processes to end, which they ignore, and waits for them."""
-    for process in list(_loaders):
-        with suppress(ValueError):  # it was closed
-            process.kill()
-
-
-@contextmanager
-def naming_dead_loaders() -> Iterator[None]:
-    """One line for what a ``DataLoader`` raises, wherever this process is, when one of its processes was killed."""
+def _packed(function: object, first: object) -> tuple[bytes, bool]:
+    """The function as it is sent, and whether it or an item needs what the user's script defines."""
     try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ChildProcessError(
-            "A process that loads images died: it was killed (out of memory?). With 0 workers no process is needed."
-        ) from None
+        os.getcwd()  # where the others begin
+        task, item = pickle.dumps(function), pickle.dumps(first)
+    except Exception as error:  # pickle raises many kinds
+        raise _Unsendable(first_line(error)) from None
+    needs_main = b"__main__" in task or b"__main__" in item
+    if needs_main and not _main_can_be_read_again():
+        raise _Unsendable("it needs what is defined in a script that cannot be read again; a module of its own can")
+    return task, needs_main
 
 
-def leave_signals(worker: int) -> None:
-    """In a process of a ``DataLoader``: whoever is asked to stop ends it, and needs its images until then."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def can_be_sent(value: object) -> bool:
-    """Whether another process can be given ``value``: not if its class is made in a function or in a notebook."""
-    try:
-        text = pickle.dumps(value)
-    except Exception:  # pickle raises many kinds
+def _main_can_be_read_again() -> bool:
+    """Whether a new process finds the script that started this one: not one of standard input, or a notebook."""
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", None)
+    if name is None:
+        return os.path.isfile(getattr(main, "__file__", None) or "")
+    if name == "__main__" or name.endswith(".__main__"):  # of a package or an archive, which no process reads again
         return False
-    return b"__main__" not in text or hasattr(sys.modules["__main__"], "__file__")
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 class _Process(SpawnProcess):
@@ -181,7 +168,8 @@ class _Process(SpawnProcess):
 
     def start(self) -> None:
         main = sys.modules["__main__"] if self.needs_main else _NO_MAIN
-        with _environment(_ONE_THREAD), _main_module(main), _without_interrupts():
+        # Variables and modules are the whole process's: threads that change them for a moment take turns.
+        with _starting, _environment(_ONE_THREAD), _main_module(main), _without_interrupts():
             super().start()
 
 
@@ -189,13 +177,16 @@ class _Context(SpawnContext):
     def __init__(self, needs_main: bool) -> None:
         super().__init__()
         self.needs_main = needs_main
+        self.started: list[SpawnProcess] = []
 
     def Process(self, *args: Any, **kwargs: object) -> SpawnProcess:  # type: ignore[override]
         process = _Process(*args, **kwargs)  # type: ignore[arg-type]
         process.needs_main = self.needs_main
+        self.started.append(process)
         return process
 
 
+_starting = threading.Lock()
 _NO_MAIN = ModuleType("__main__")
 
 
@@ -262,3 +253,20 @@ def _call(item: Any) -> Any:
         assert _task is not None
         _function, _task = pickle.loads(_task), None
     return _function(item)
+
+
+def _end_tracker() -> None:
+    """The process in which multiprocessing keeps count of semaphores would else end a moment after this one."""
+    tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
+    process, pipe = getattr(tracker, "_pid", None), getattr(tracker, "_fd", None)
+    if process is None or pipe is None:
+        return
+    tracker._pid = tracker._fd = None
+    with suppress(OSError):
+        os.close(pipe)
+        deadline = time.monotonic() + _GRACE
+        while os.waitpid(process, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+Finalize(None, _end_tracker, exitpriority=-100)  # when all that it counts has ended

@@ -40,6 +40,10 @@ class Interrupts:
     def came(self) -> bool:
         return self._number is not None
 
+    def came_before(self, seconds: float) -> bool:
+        """Whether it is so long ago that a signal was noted."""
+        return self.came and time.monotonic() - self._when > seconds
+
     def take_effect(self) -> None:
         """What the signal would have done when it came; SIGTERM where it came to another process.
 

@@ -153,6 +153,23 @@ def check_weights(source: object, weights: Mapping[str, Tensor]) -> None:
             raise InputError(f"{source}: {name!r}: expected finite weights, but got NaN or infinity")
 
 
+def check_takes_part(modules: Mapping[str, nn.Module]) -> None:
+    """Require tensors of modules that gradients can pass: not those that were made in ``torch.inference_mode()``."""
+    for each, module in modules.items():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.is_inference():
+                raise InputError(
+                    f"Expected `{each}` to be made outside of torch.inference_mode(), but its {name!r} was made in it "
+                    "and takes no part in a training; make it before, or in `with torch.inference_mode(False)`."
+                )
+
+
+def are_finite(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether all values in the states of some modules are finite."""
+    values = (value for module in modules.values() for value in module.state_dict().values())
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every submodule's own mode put back afterwards."""

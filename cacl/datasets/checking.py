@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacl._support.pool import usable_cores
+from cacl._support.cores import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.agreement import Agreement, numbered, problems_of_classes

@@ -62,7 +62,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
     def labels(self, index: int) -> Tensor:
         """``(K,)`` uint8."""
-        labels = torch.zeros(len(self.classes), dtype=torch.uint8)
+        labels = torch.zeros(len(self.classes), dtype=torch.uint8, device="cpu")
         labels[list(self.entries[index].labels)] = 1
         return labels
 
@@ -151,7 +151,7 @@ class InOneFile(Dataset):
         self._mask_path(index)
         if self.entries is not self._listed:  # others were given since, such as some of them
             index = self._indices[self.entries[index].id]
-        return tv_tensors.Mask(torch.from_numpy(self._objects.mask(index)))
+        return tv_tensors.Mask(torch.from_numpy(self._objects.mask(index)), device="cpu")
 
     @cached_property
     def _indices(self) -> dict[str, int]:

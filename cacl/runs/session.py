@@ -17,10 +17,11 @@ from torch import nn
 
 from cacl import scenes
 from cacl._support.answers import check_given
+from cacl._support.cores import usable_cores
 from cacl._support.distributed import local_device, local_rank_zero_first, local_world_size, rank_zero
 from cacl._support.identity import UnknownError, identity
-from cacl._support.pool import usable_cores
-from cacl._support.weights import check_can_be_saved, copied, load_state, load_weights
+from cacl._support.surroundings import building
+from cacl._support.weights import check_can_be_saved, check_takes_part, copied, load_state, load_weights
 from cacl.config import Config
 from cacl.datasets import FORMATS, Dataset, open_dataset
 from cacl.encoders import ImageTextEncoder, load_encoder
@@ -250,6 +251,7 @@ class Session:
             came_on = None
             if isinstance(made, nn.Module):
                 if any(made is given for given in (self.given_encoder, self.given_criterion)):
+                    check_takes_part({name: made})
                     came_on = next((tensor.device for tensor in (*made.parameters(), *made.buffers())), None)
                 self._placed(made)
             self._shared[name] = made, came_on
@@ -279,7 +281,7 @@ class Session:
         return self._placed(self._made(make, backbone, weights))
 
     def _made(self, make: Callable[..., Network], backbone: str | nn.Module, weights: str) -> Network:
-        with torch.random.fork_rng(devices=[]):
+        with building():
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs too
             net = make(backbone=backbone, weights=weights or None)
         check_can_be_saved("backbone", net)

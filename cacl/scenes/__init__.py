@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from cacl._support.checks import check_integer, check_positive
 from cacl._support.files import read_json, write_json, write_text
-from cacl._support.pool import leave_signals, loaded
+from cacl._support.loaders import load
 from cacl._support.progress import watched
 from cacl.errors import InputError
 from cacl.scenes import scenery
@@ -95,10 +94,7 @@ def generate(
     write_text(out / "classes.txt", "\n".join(CLASSES) + "\n")
     write_json(out / "backgrounds.json", BACKGROUNDS)
     scenes = _Scenes(out, train, val, size, seed)
-    loader: DataLoader[Any] = DataLoader(
-        scenes, batch_size=None, num_workers=workers, worker_init_fn=leave_signals, generator=torch.Generator()
-    )
-    drawn = watched(loaded(loader), total=len(scenes), desc="scenes", progress=progress)
+    drawn = watched(load(scenes, workers=workers), total=len(scenes), desc="scenes", progress=progress)
     rows = [",".join(row) for row in drawn]
     write_text(out / "dataset.csv", "\n".join(("image,labels,mask,split", *rows)) + "\n")
     write_json(marker, {**settings, "complete": True})

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
-from cacl._support.pool import naming_dead_loaders
+from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.weights import save_state
 from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
@@ -80,7 +80,7 @@ def predict_cams(
     """(index, CAMs of the image's labels) of some images, one by one; arguments as for :func:`make_cams`."""
     images = load_images(dataset, indices, machine.workers, pinned=machine.on_gpu)
     for index, image in watched(images, total=len(indices), desc=desc, progress=machine.progress):
-        classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64)
+        classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64, device="cpu")
         size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
         photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
         maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cacl._support.answers import check_callable, check_terms
+from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved, evaluating
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
@@ -159,13 +160,14 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
         if run.given_criterion is not None:
             check_callable("criterion", given)
             return run.given_criterion
-        suppression = BGSuppressionLoss(
-            settings.threshold,
-            mode=settings.threshold_mode,
-            bounds=settings.threshold_bounds,
-            quantile=settings.threshold_quantile,
-            momentum=settings.threshold_momentum,
-        )
+        with building():
+            suppression = BGSuppressionLoss(
+                settings.threshold,
+                mode=settings.threshold_mode,
+                bounds=settings.threshold_bounds,
+                quantile=settings.threshold_quantile,
+                momentum=settings.threshold_momentum,
+            )
         return CACLLoss(
             run.encoder,
             run.train.classes,

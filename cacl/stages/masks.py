@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.distributed import barrier
-from cacl._support.pool import naming_dead_loaders
+from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
 from cacl.crf import check_backend

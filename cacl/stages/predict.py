@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cacl._support.distributed import all_reduce_counts, barrier, shard
-from cacl._support.pool import naming_dead_loaders
+from cacl._support.loaders import naming_dead_loaders
 from cacl.artifacts import save_mask, to_make
 from cacl.crf import check_backend
 from cacl.datasets import Dataset
