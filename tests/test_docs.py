@@ -210,7 +210,7 @@ def run(words, monkeypatch) -> set[str]:
     elif program == "cacl":
         if arguments[0] not in COMMANDS_TO_COME:
             assert cli.main(arguments) == 0, words
-    elif words == ["python", "-m", "pytest"]:
+    elif words[:3] == ["python", "-m", "pytest"]:
         pass  # this
     elif program == "python":
         monkeypatch.setattr(sys, "argv", [*arguments, *shlex.split(SMALL_EXAMPLE[arguments[0]])])
