@@ -273,6 +273,7 @@ def _opened(dataset: Dataset, index: int, faint: list[str], *, masks: bool) -> t
 
 
 _FAINT = 16
+"""An image whose values are all nearer to black or to white than this shows nothing."""
 _AT_ONCE = 1024
 """Images whose tasks wait in the pool; each takes memory."""
 
