@@ -185,7 +185,7 @@ def _check_fit(path: Path, values: NDArray[np.float32], depth: _Depth) -> None:
     dark = high < depth.top * _DARK
     if low == high or (-over <= low and high <= depth.top + over and not dark):
         return
-    likely = next((top for top in (255, 1023, 4095, 16383, 65535) if low >= 0 and 1 < high <= top), high)
+    likely = next((top for top in (255, 1023, 4095, 16383, 65535) if low >= 0 and top * _DARK <= high <= top), high)
     raise InputError(
         f"{shown(path)}: expected values that fill 0 to {depth.top}, but got {low:g} to {high:g}; say what the data "
         f"set's span, such as `[data] range = [{min(low, 0):g}, {likely:g}]`"

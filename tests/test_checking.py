@@ -114,6 +114,25 @@ REFUSED = {
         r"split 'train': expected masks of 0 .* write the classes' values, 1 to 2 in place of 255",
         2,
     ),
+    "0 and 255 in most masks": (
+        lambda root: [one_class(root), masks(root, lambda i, mask: np.where(mask > 0, 1, 0) if i in (0, 7) else mask)],
+        "split 'train': expected masks of 0 .* but 5 of the 6 masks hold only 0 and 255, which is void: write 1 in",
+        2,
+    ),
+    "a label of what is void": (  # in photo 2, which shows a boat too
+        lambda root: [
+            classes(root, "boat", "train", "cat"),
+            rows(root, lambda i, row: [row[0], row[1] + ";cat" * (i == 2), *row[2:]]),
+            masks(root, lambda i, mask: np.vstack([mask[:-1], mask[-1:] * 0 + 255 * (i == 2)])),
+        ],
+        r"none of the 6 masks shows 'cat' \(a label of 1 photo\); if its objects are void \(255\) there, take",
+        1,
+    ),
+    "a mask of a photo that its camera turned": (
+        lambda root: Image.fromarray(np.array(Image.open(root / "masks/0.png")).T).save(root / "masks/0.png"),
+        "0.png: expected 64×48 pixels as the image, but got 48×64; is one of them turned by its EXIF data[?]$",
+        1,
+    ),
     "no label in the split that is trained on": (
         lambda root: rows(root, lambda i, row: [row[0], row[1] * (i > 5), *row[2:]]),
         r"split 'train': expected photos with labels, .* none of the 6 photos has one",
@@ -136,7 +155,10 @@ REFUSED = {
         1,
     ),
 }  # fmt: skip
-NAMES = ("background", "_background_", "__Background__", "BACKGROUND", "bg", "__ignore__", "void", "unlabeled")
+NAMES = (
+    "background", "_background_", "__Background__", "BACKGROUND", "bg", "__ignore__", "void", "unlabeled",
+    "ignore_index", "No class", "背景", "Hintergrund",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -203,6 +225,13 @@ NOTED = {
         lambda root: masks(root, lambda i, mask: mask * 0 + 255 if i > 5 else mask),
         r"split 'val': the 3 masks are void \(255\) everywhere, so nothing is scored",
     ),
+    "masks of 0 and 255 of photos without labels": (
+        lambda root: [
+            rows(root, lambda i, row: [row[0], row[1] * (i < 6), *row[2:]]),
+            masks(root, lambda i, mask: np.where(mask > 0, 255, 0) if i > 5 else mask),
+        ],
+        "split 'val': the 3 masks hold only 0 and 255, which is void, so no class is scored: if 255 is the object, wri",
+    ),
 }
 
 
@@ -232,6 +261,12 @@ def test_a_few_contradictions_are_real_data(tmp_path):
     assert check_folder(root) == []
     rows(root, lambda i, row: [row[0], "boat;train" if i in (0, 2, 5) else row[1], *row[2:]])
     assert len(check_folder(root)) == 1  # three of eight
+
+
+@pytest.mark.parametrize(("name", "refused"), [("Training", 1), ("train_unlabeled", 0), ("untrained", 0)])
+def test_splits_that_are_trained_on_by_their_names(root, name, refused):
+    rows(root, lambda i, row: [row[0], row[1], "", "train"] if i < 6 else [row[0], "", "", name])
+    assert len(check_folder(root)) == refused
 
 
 def test_labels_and_masks_of_a_split_of_voc(tmp_path):

@@ -488,7 +488,11 @@ def test_an_object_without_an_outline_is_a_label(coco, segmentation):
     (line,) = check_folder(coco)
     assert line.startswith(f"note: {coco}")
     assert "1 image has an object without an outline" in line
-    assert line.endswith("not scored: ä b.jpg")
+    assert line.endswith("which is a label all the same; not scored: ä b.jpg")
+    data["annotations"][0]["segmentation"] = None  # of image 70
+    (coco / "annotations/instances_train2014.json").write_text(json.dumps(data))
+    (line,) = check_folder(coco)
+    assert "2 images have objects without an outline, which are labels all the same; not scored: ä b.jpg, CO" in line
 
 
 def test_a_file_without_any_outline_needs_no_pycocotools(coco, monkeypatch):
@@ -502,7 +506,65 @@ def test_a_file_without_any_outline_needs_no_pycocotools(coco, monkeypatch):
     assert [entry.labels for entry in dataset.entries] == [(0,), (0, 1, 2), (), ()]
     assert len(check(dataset)) == 1
     (line,) = check_folder(coco)
-    assert line.endswith("no annotation has an outline, so no image has a mask and nothing is scored")
+    assert line.endswith("no annotation has an outline in pixels, so no image has a mask and nothing is scored")
+
+
+def square(left, top, side):
+    return [[left, top, left + side, top, left + side, top + side, left, top + side]]
+
+
+DRAWS_NOTHING = {
+    "smaller than a pixel": square(30.1, 30.1, 0.2),
+    "outside of the image": square(130, 130, 20),
+    "a line": [[1, 1, 5, 5, 9, 9]],
+    "behind another": square(5, 5, 20),  # one of the same pixels, which comes after it
+}
+
+
+@pytest.mark.parametrize("case", DRAWS_NOTHING)
+def test_an_outline_that_draws_nothing_is_a_label_all_the_same(tmp_path, case):
+    """Labels and masks come from the same objects: no other list of classes can be the cause."""
+    data = example()
+    data["annotations"] = [
+        {"id": i, "image_id": image, "category_id": k, "segmentation": shape}
+        for i, (image, k, shape) in enumerate(
+            [(9, 18, DRAWS_NOTHING[case]), (9, 1, square(5, 5, 20)), (70, 1, square(5, 5, 20)), (70, 44, [RIGHT])]
+        )
+    ]
+    path = write(tmp_path, data)
+    assert [entry.labels for entry in COCO(tmp_path, "train").entries][:2] == [(0, 1), (0, 2)]
+    (line,) = check_folder(tmp_path)
+    assert line == (
+        f"note: {path}: split 'train2014': none of the 4 masks shows 'dog' (a label of 1 photo): outlines draw nothing "
+        "there, or are behind those of smaller objects"
+    )
+    data["annotations"][1:3] = []  # bottle is shown and dog is not
+    data["annotations"].append(data["annotations"][-1] | {"image_id": 5, "category_id": 18})
+    write(tmp_path, data)
+    if case != "behind another":
+        assert [line.partition("train2014': ")[2][:35] for line in check_folder(tmp_path)] == [
+            "1 of 4 masks show not all of the la"
+        ]
+
+
+def test_outlines_that_draw_nothing_at_all_are_refused(tmp_path):
+    data = example()
+    for annotation in data["annotations"]:
+        annotation.update(segmentation=square(130, 130, 20), iscrowd=0)
+    write(tmp_path, data)
+    (line,) = check_folder(tmp_path)
+    assert line.endswith("; the outlines draw nothing: are they in pixels, and inside of the images?")
+
+
+def test_shares_of_the_image_are_no_outline(tmp_path):
+    """Some tools write 0 to 1 in place of pixels, which would be drawn in the corner."""
+    data = example()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = square(0.25, 0.125, 0.5)
+    write(tmp_path, data)
+    assert COCO(tmp_path, "train").masked == []
+    (line,) = check_folder(tmp_path)
+    assert "no annotation has an outline in pixels" in line
 
 
 def test_the_background_is_no_category(coco):

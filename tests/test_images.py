@@ -129,6 +129,7 @@ def test_floats_span_0_to_1(write):
     for name, factor, says in (
         ("bytes", 255, r"0 to 255; .*\[0, 255\]`$"),
         ("dark", 0.05, r"0 to 0.05; .*\[0, 1\]"),
+        ("over2", 1.5, r"0 to 1.5; .*\[0, 1.5\]`$"),  # in [0, 255] it would be black
     ):
         with pytest.raises(ValueError, match=rf"{name}.tif: expected values that fill 0 to 1, but got {says}"):
             read_image(write(f"{name}.tif", values * np.float32(factor)))
@@ -191,6 +192,14 @@ def test_the_range_of_a_data_set(tmp_path):
     assert all("expected values that fill 0 to 65535" in line for line in check_folder(root))
     assert len(check_folder(root)) == 9
     assert check_folder(root, range=(0, 4095)) == []
+    for black_or_white in ((0, 65535), (3000, 4095), (-100, 10)):
+        line, other = check_folder(root, range=black_or_white)
+        assert line.startswith(
+            f"note: {root}/dataset.csv: split 'train': 6 of 6 photos come out nearly black or white, "
+        )
+        assert "split 'val': 3 of 3 photos come out" in other
+        low, high = black_or_white
+        assert line.endswith(f"such as {root}/images/0.png: does `[data] range = [{low}, {high}]` span the values?")
     dataset = open_dataset("csv", root, "train", range=(0, 4095))
     assert 120 < dataset.image(0).max() < 160
     assert dataset.with_masks(tmp_path / "masks").image(0).equal(dataset.image(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from cacl._support.cores import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE
 from cacl.datasets.agreement import Agreement, numbered, problems_of_classes
-from cacl.datasets.dataset import Dataset
+from cacl.datasets.dataset import Dataset, InOneFile
 from cacl.datasets.formats import FORMATS, format_of
 from cacl.errors import InputError, quoted, shown
 from cacl.images import Range
@@ -54,7 +55,7 @@ def check(
         As of :func:`check_folder`.
     """
     found = check_lists({"": dataset}, (), disjoint=False)
-    agreement = _opened_all(dataset, found, {}, masks=masks, indices=indices, progress=progress)
+    agreement = _opened_all(dataset, "", found, {}, masks=masks, indices=indices, progress=progress)
     _compare(dataset, "", agreement, found)
     return found.lines
 
@@ -75,7 +76,7 @@ def check_folder(
         root: the folder.
         format: one of :data:`cacl.datasets.FORMATS`; by what lies in the folder if None.
         splits: the splits to look at; all of them if None. Those with ``train`` in their name are taken to be trained
-            on, and need labels; where no name has it, one of all splits does.
+            on, and need labels, but for those with ``unlabel``; where no name has it, one of all splits does.
         range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
         progress: show a progress bar where there is a terminal.
 
@@ -89,7 +90,7 @@ def check_folder(
     root = Path(root)
     format = format or format_of(root)
     wanted = list(splits or FORMATS[format].splits(root))
-    trained = [split for split in wanted if "train" in split]
+    trained = [name for name in wanted if re.search("(?<!un)train", name.lower()) and "unlabel" not in name.lower()]
     unknown = not trained and not splits
     found, classes = check_parts(root, format, wanted, None if unknown else trained, range=range, progress=progress)
     beside = root / "backgrounds.json"
@@ -181,7 +182,7 @@ def check_files(
     """
     seen: dict[int, int] = {}
     for split, dataset in datasets.items():
-        agreement = _opened_all(dataset, found, seen, progress=progress)
+        agreement = _opened_all(dataset, split, found, seen, progress=progress)
         if compared is None or split in compared:
             _compare(dataset, split, agreement, found)
 
@@ -197,6 +198,7 @@ def _compare(dataset: Dataset, split: str, agreement: Agreement, found: Findings
 
 def _opened_all(
     dataset: Dataset,
+    split: str,
     found: Findings,
     seen: dict[int, int],
     *,
@@ -211,9 +213,10 @@ def _opened_all(
         number = hash(entry)
         if number in seen:
             return number, seen[number], []
-        return number, *_opened(dataset, index, masks=masks and entry.mask is not None)
+        return number, *_opened(dataset, index, faint, masks=masks and entry.mask is not None)
 
-    agreement = Agreement(dataset.classes)
+    faint: list[str] = []
+    agreement = Agreement(dataset.classes, drawn=isinstance(dataset, InOneFile))
     chosen = range(len(dataset)) if indices is None else indices
     with (
         ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
@@ -227,15 +230,26 @@ def _opened_all(
                 if values:
                     agreement.add(dataset.entries[index].labels, values)
                 bar.update()
+    if faint and dataset.range:
+        found.notes.append(
+            f"{_where(dataset, split)}{len(faint)} of {numbered(len(chosen), 'photo')} come out nearly black or white, "
+            f"such as {min(faint)}: does `[data] range = [{dataset.range[0]:g}, {dataset.range[1]:g}]` span the values?"
+        )
     return agreement
 
 
-def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str]]:
-    """The values in an image's mask, a bit each, 0 where there is none that is sound, and what is wrong."""
+def _opened(dataset: Dataset, index: int, faint: list[str], *, masks: bool) -> tuple[int, list[str]]:
+    """The values in an image's mask, a bit each, 0 where there is none that is sound, and what is wrong.
+
+    ``faint``: what is added to where the data set's range leaves nothing to be seen of the image.
+    """
     found = []
     size = None
     try:
-        size = tuple(dataset.image(index).shape[-2:])
+        image = dataset.image(index)
+        size = tuple(image.shape[-2:])
+        if dataset.range and (image.max() < _FAINT or image.min() > 255 - _FAINT):
+            faint.append(shown(dataset.entries[index].image))
     except InputError as error:
         found.append(str(error))
     if not masks:
@@ -248,6 +262,7 @@ def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str
         found.append(
             f"{dataset.mask_name(index)}: expected {size[1]}×{size[0]} pixels as the image, "
             f"but got {mask.shape[1]}×{mask.shape[0]}"
+            + ("; is one of them turned by its EXIF data?" if tuple(mask.shape) == size[::-1] else "")
         )
     values = np.flatnonzero(np.bincount(mask.numpy().ravel(), minlength=256)).tolist()
     if wrong := [value for value in values if len(dataset.classes) < value < IGNORE]:
@@ -257,6 +272,8 @@ def _opened(dataset: Dataset, index: int, *, masks: bool) -> tuple[int, list[str
     return 0 if found else sum(1 << value for value in values), found
 
 
+_FAINT = 16
+"""An image whose values are all nearer to black or to white than this shows nothing."""
 _AT_ONCE = 1024
 """Images whose tasks wait in the pool; each takes memory."""
 

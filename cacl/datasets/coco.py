@@ -166,12 +166,12 @@ def _resolved(path: Path, photos: Path, columns: Columns) -> tuple[Listing, Obje
 
 def _notes(where: str, unmasked: list[str], *, some_outlined: bool) -> Iterator[str]:
     if not some_outlined:
-        yield f"{where}: no annotation has an outline, so no image has a mask and nothing is scored"
+        yield f"{where}: no annotation has an outline in pixels, so no image has a mask and nothing is scored"
     elif unmasked:
         names = ", ".join(map(shown, unmasked[:_NAMED])) + (" and others" if len(unmasked) > _NAMED else "")
         yield (
             f"{where}: {len(unmasked)} image{'s have objects' if len(unmasked) > 1 else ' has an object'} without an "
-            f"outline, so it counts for the labels and the image is not scored: {names}"
+            f"outline, which {'are labels' if len(unmasked) > 1 else 'is a label'} all the same; not scored: {names}"
         )
 
 

@@ -14,7 +14,7 @@ from cacl.errors import quoted
 
 def draws(segmentation: Any) -> bool:
     """Whether a segmentation is an outline or an RLE that encloses something, or is broken and will be told when it is
-    drawn; not where there is none, an empty one, or a box or points in its place."""
+    drawn; not where there is none, an empty one, or a box, points or shares of the image (0 to 1) in its place."""
     if isinstance(segmentation, list):
         return any(map(_encloses, segmentation))
     if not isinstance(segmentation, dict):
@@ -37,8 +37,15 @@ def _encloses(part: Any) -> bool:
         return isinstance(part, dict | str)  # neither a number nor None
     if len(part) < 6 or isinstance(part[0], list):
         return False
+    if _inside_a_pixel(part):
+        return False
     # Else all points lie on one line; mostly the second point tells, and there are many annotations.
     return all(any(value != part[i] for value in islice(part, i + 2, None, 2)) for i in (0, 1))
+
+
+def _inside_a_pixel(part: list[Any]) -> bool:
+    """Whether all numbers are from 0 to 1; mostly the first one tells."""
+    return all(isinstance(value, int | float) and 0 <= value <= 1 for value in part)
 
 
 def runs_of(segmentation: Any, height: int, width: int) -> list[tuple[int, int]]:
