@@ -65,7 +65,8 @@ def test_results_come_in_order_from_processes_of_one_thread():
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     results = list(map_processes(both, range(9), workers=2))
     assert [item for (item, _), _ in results] == list(range(9))
-    assert len({process for (_, process), _ in results} - {os.getpid()}) == 2
+    processes = {process for (_, process), _ in results}
+    assert os.getpid() not in processes and len(processes) <= 2  # beside a load one may have done all
     for _, (count, omp, tasks) in results:
         assert (count, omp) == (1, "1")
         assert tasks <= 4  # this one, the one that watches the parent, and those of the queues
