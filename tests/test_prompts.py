@@ -568,6 +568,13 @@ def test_parse_refuses_what_is_unclear(answer, line):
     assert "\n" not in str(error.value)
 
 
+def test_parse_of_a_book():
+    thought = f"<think>{'It is on water. ' * 5000}</think>"
+    assert BackgroundSet.parse(f"{thought}\nwater\npier\nsky") == THREE
+    with pytest.raises(ValueError, match="to be a list of words, but got a text of 20000 characters"):
+        BackgroundSet.parse("a" * 20000)
+
+
 def test_parse_of_no_text():
     with pytest.raises(TypeError, match="argument `answer` to be a text, but got list"):
         BackgroundSet.parse(["water"])

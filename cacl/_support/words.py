@@ -45,21 +45,11 @@ _LABELS = re.compile(
 """Words of titles and of what stands before a list."""
 _NUMBER = re.compile(r"^[ \t]*#?(\d{1,2})(?:[ \t]*[-,][ \t]*|[ \t]+)(?=[^\W\d_])", re.M)
 """What may number a line, or begin a name: 2 story house."""
-_END = re.compile(r"\s*(?:<\|[^<>|]*\|>|</s>|<end_of_turn>)\s*\Z")
+_END = re.compile(r"(?:<\|[^<>|]*\|>|</s>|<end_of_turn>)\Z")
 """A model's own mark at the end of its answer."""
 _COLUMNS = (
-    "word",
-    "words",
-    "term",
-    "thing",
-    "object",
-    "name",
-    "item",
-    "background",
-    "background word",
-    "noun",
-    "english",
-)
+    "word", "words", "term", "thing", "object", "name", "item", "background", "background word", "noun", "english",
+)  # fmt: skip
 
 
 def read_words(answer: str) -> tuple[str, ...]:
@@ -70,7 +60,10 @@ def read_words(answer: str) -> tuple[str, ...]:
     """
     if not isinstance(answer, str):
         raise InputTypeError(f"Expected argument `answer` to be a text, but got {type(answer).__name__}.")
-    text = _block(_without_thoughts(_plain(answer)))
+    text = _without_thoughts(_plain(answer))
+    if len(text) > 5000:
+        raise expected("answer", "a list of words", f"a text of {len(text)} characters")
+    text = _block(text)
     words = _of_json(text)
     if words is None:
         words = _of_lines(text)
@@ -99,12 +92,13 @@ def _plain(answer: str) -> str:
 def _without_thoughts(text: str) -> str:
     text = re.sub(rf"<{_THOUGHT}\b[^<>]*>.*?</\1\s*>", "\n", text, flags=re.I | re.S)
     text = re.split(rf"</{_THOUGHT}\s*>", text, flags=re.I)[-1]  # whose beginning is not part of the answer
+    text = text.rstrip()
     while end := _END.search(text):
-        text = text[: end.start()]
-    if cut := re.search(
-        rf"<{_THOUGHT}\b.*|.*<\|.*|.*assistantfinal.*", text, re.I
-    ):  # which has no end, or marks of a model's own
-        raise _unclear(cut[0])
+        text = text[: end.start()].rstrip()
+    marked = (line for line in text.splitlines() if "<|" in line or "assistantfinal" in line)  # of a model's own
+    cut = re.search(rf"<{_THOUGHT}\b.*", text, re.I)  # which has no end
+    if line := cut[0] if cut else next(marked, ""):
+        raise _unclear(line)
     return re.sub(_TAGS, "\n", text, flags=re.I)
 
 
