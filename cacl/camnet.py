@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
-from cacl._support.checks import check_choice, check_classes, check_positive, check_tensor
+from cacl._support.checks import as_array, as_indices, check_choice, check_positive, check_tensor
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.errors import expected
@@ -68,7 +68,7 @@ class CAMNet(nn.Module):
     def scores(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, h, w)`` before the sigmoid."""
         check_tensor("images", images, "(B, 3, H, W)")
-        features = check_maps(self.backbone(images), images, self.classifier.in_channels)
+        features = check_maps(self.backbone(images), images, self.classifier.weight)
         scores: Tensor = self.classifier(features)
         return scores
 
@@ -101,11 +101,11 @@ class CAMNet(nn.Module):
         """
         check_tensor("images", images, "(B, 3, H, W)")
         check_choice("activation", activation, ("relu", "sigmoid"))
-        if not scales or min(scales) <= 0:
+        scales = as_array("scales", scales, "(S,)", numbers=True).tolist()
+        if not scales or not min(scales) > 0 or not sum(scales) < float("inf"):
             raise expected("scales", "positive factors, at least one", tuple(scales))
         if classes is not None:
-            classes = torch.as_tensor(classes)
-            check_classes(classes.long() if not len(classes) else classes, len(classes), self.num_classes)
+            classes = torch.from_numpy(as_indices("classes", classes, self.num_classes - 1))
         height, width = images.shape[-2:]
         if classes is not None and not len(classes):
             return images.new_zeros(len(images), 0, *(size or (height, width)), dtype=torch.float32)

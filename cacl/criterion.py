@@ -88,6 +88,7 @@ class CACLLoss(nn.Module):
         for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check_range(argument, weight, 0, float("inf"))
         check_choice("normalization", normalization, ("encoder", "imagenet"))
+        _check_texts(prompts, backgrounds)
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False).eval()
         if suppression is not None and not isinstance(suppression, BGSuppressionLoss):
@@ -178,3 +179,13 @@ class CACLLoss(nn.Module):
             self.encoder._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _check_texts(prompts: object, backgrounds: object) -> None:
+    """Require a :class:`PromptSet` and a :class:`BackgroundSet`, where they are given."""
+    for argument, value, wanted in (("prompts", prompts, PromptSet), ("backgrounds", backgrounds, BackgroundSet)):
+        if value is not None and not isinstance(value, wanted):
+            name, kind = wanted.__name__, type(value).__name__
+            raise InputTypeError(
+                f"Expected argument `{argument}` to be a {name}, but got {kind}; cacl.{name}(…) makes one."
+            )

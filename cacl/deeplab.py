@@ -93,7 +93,7 @@ class DeepLabV2(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
         branches: Sequence[nn.Conv2d] = self.aspp  # type: ignore[assignment]
-        features = check_maps(self.backbone(images), images, branches[0].in_channels)
+        features = check_maps(self.backbone(images), images, branches[0].weight)
         total: Tensor = branches[0](features)
         for branch in list(branches)[1:]:
             total = total + branch(features)
@@ -153,7 +153,7 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
         >>> segmentation_loss([torch.zeros(1, 2, 3, 3)], torch.zeros(1, 6, 6, dtype=torch.uint8))
         tensor(0.6931)
     """
-    _check_masks(masks, logits)
+    masks = _check_masks(masks, logits)
     terms, counts = [], []
     for values in logits:
         check_tensor("logits", values, "(B, C, h, w)")
@@ -169,7 +169,7 @@ def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool =
     return (torch.stack(terms) / valid.clamp(min=1 / world_size() if across else 1)).sum()
 
 
-def _check_masks(masks: object, logits: object) -> None:
+def _check_masks(masks: object, logits: object) -> Tensor:
     """Require masks of an integer type, one an image; on the CPU, where it costs no wait, of classes that there are."""
     if not isinstance(logits, list | tuple) or not logits:
         kind = "none" if isinstance(logits, list | tuple) else kind_of(logits)
@@ -180,12 +180,15 @@ def _check_masks(masks: object, logits: object) -> None:
         raise InputTypeError(f"Expected argument `masks` to be a tensor ({images}, H, W), but got {kind_of(masks)}.")
     if masks.ndim != 3 or len(masks) != images:
         raise expected("masks", f"a tensor ({images}, H, W)", shape(masks))
-    if masks.dtype == torch.bool or masks.is_floating_point():
-        raise InputTypeError(f"Expected argument `masks` to be of an integer type, but got {masks.dtype}.")
+    if masks.dtype == torch.bool or masks.is_floating_point() or masks.is_complex() or masks.layout != torch.strided:
+        came = masks.layout if masks.layout != torch.strided else masks.dtype
+        raise InputTypeError(f"Expected argument `masks` to be of an integer type, but got {came}.")
+    masks = masks if masks.dtype == torch.uint8 else masks.long()  # torch compares no unsigned integers but bytes
     if masks.device.type == "cpu":
         wrong = masks[(masks < 0) | ((masks >= classes) & (masks != IGNORE))]
         if len(wrong):
             raise expected("masks", f"in [0, {classes - 1}] or {IGNORE} (ignored)", int(wrong[0]))
+    return masks
 
 
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -18,12 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cacl._support.checks import kind_of
 from cacl._support.clip_checkpoint import read_clip
 from cacl._support.files import home
 from cacl._support.surroundings import building
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.embedded import TwoTowers, load_towers
-from cacl.errors import InputError, did_you_mean, first_line
+from cacl.errors import InputError, InputTypeError, did_you_mean, first_line
 
 
 @runtime_checkable
@@ -64,6 +65,8 @@ def load_encoder(
         ValueError: if the name is unknown, or the file is not a CLIP checkpoint; nothing in such a file is run.
         ImportError: if the library for it is not installed.
     """
+    if not isinstance(name, str | PathLike):
+        raise InputTypeError(f"Expected argument `name` to be an encoder's name or a path, but got {kind_of(name)}.")
     name = str(name)
     if name.startswith("open_clip:"):
         encoder: _Frozen = OpenCLIPEncoder.load(name.removeprefix("open_clip:"), root=root)
@@ -258,7 +261,8 @@ def _clip_hashes() -> set[str]:
 
 def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     clip = _import_clip()
-    needed = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
+    text_tower = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
+    needed = (*text_tower, "visual.conv1.weight")  # which either kind of image tower has
     missing = [key for key in needed if key not in state]
     # Of the loss that CLIP was trained with: they encode nothing, and one may be missing, the other too many.
     state = {
@@ -267,6 +271,9 @@ def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
     }
     if missing:
         raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
+    if rounded := [key for key in needed if not state[key].is_floating_point()]:  # as quantisation leaves them
+        came = state[rounded[0]].dtype
+        raise InputError(f"{name}: {rounded[0]!r}: expected weights of a floating point type, but got {came}.")
     context, vocabulary = (
         next(iter(state[key].shape), 0) for key in ("positional_embedding", "token_embedding.weight")
     )

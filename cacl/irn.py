@@ -91,7 +91,7 @@ class IRNet(nn.Module):
         with torch.no_grad():
             levels = getattr(self.backbone, "levels", None)
             answer = [self.backbone(images)] if levels is None else levels(images)
-        features = check_levels(answer, images, levels_of(self.backbone))
+        features = check_levels(answer, images, [next(block.parameters()) for block in self.edge_levels])
         edges = self.edge_head(_joined(self.edge_levels, features, size))
         displacements = self.displacement_head(_joined(self.displacement_levels, features, size))
         return IRNOutput(edges, displacements)

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._support.checks import as_array
+from cacl._support.checks import as_array, as_indices, check_positive
 from cacl.constants import IGNORE
-from cacl.errors import InputError, expected
+from cacl.errors import InputError, InputTypeError, expected
 
 SCORES = tuple(round(0.01 * i, 2) for i in range(61))
 """The background scores of the sweep: 0.00, 0.01, … 0.60."""
@@ -23,6 +23,9 @@ class ConfusionMatrix:
     Args:
         num_classes: K; masks hold 0 for the background and 1 … K.
 
+    Raises:
+        ValueError: if there is no class.
+
     Example:
         >>> matrix = ConfusionMatrix(1)
         >>> matrix.update(np.array([[0, 1], [1, 255]]), np.array([[0, 1], [0, 1]]))
@@ -31,7 +34,8 @@ class ConfusionMatrix:
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.size = num_classes + 1
+        check_positive("num_classes", num_classes)
+        self.size = int(num_classes) + 1
         self.counts = np.zeros((self.size, self.size), dtype=np.int64)
 
     def update(self, truth: NDArray[np.integer] | Tensor, prediction: NDArray[np.integer] | Tensor) -> None:
@@ -44,16 +48,17 @@ class ConfusionMatrix:
             ValueError: if the shapes differ or a value is out of range.
             TypeError: if there is something else than integers in them.
         """
-        truth, prediction = as_array("truth", truth), as_array("prediction", prediction)
-        if truth.shape != prediction.shape:
-            raise expected("prediction", f"of the truth's shape {truth.shape}", prediction.shape)
-        valid = truth != IGNORE
-        truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
-        for argument, values in (("truth", truth), ("prediction", prediction)):
+        true, predicted = as_array("truth", truth), as_array("prediction", prediction)
+        if true.shape != predicted.shape:
+            raise expected("prediction", f"of the truth's shape {true.shape}", predicted.shape)
+        valid = true != IGNORE
+        true, predicted = true[valid], predicted[valid]
+        for argument, values in (("truth", true), ("prediction", predicted)):
             if values.size and not 0 <= values.min() <= values.max() < self.size:
                 wrong = int(values[(values < 0) | (values >= self.size)][0])
                 raise _out_of_range(argument, self.size - 1, wrong)
-        self.counts += np.bincount(truth * self.size + prediction, minlength=self.size**2).reshape(self.counts.shape)
+        pairs = true.astype(np.int64) * self.size + predicted.astype(np.int64)
+        self.counts += np.bincount(pairs, minlength=self.size**2).reshape(self.counts.shape)
 
     @property
     def iou(self) -> NDArray[np.float64]:
@@ -114,7 +119,9 @@ def threshold_sweep(
     Raises:
         ValueError: if a shape or value is out of range.
     """
-    return sweep_of(*count_scores(samples, num_classes, scores=scores), scores)
+    check_positive("num_classes", num_classes)
+    edges = as_array("scores", scores, "(S,)", numbers=True).tolist()
+    return sweep_of(*count_scores(samples, num_classes, scores=edges), edges)
 
 
 def count_scores(
@@ -126,16 +133,20 @@ def count_scores(
     """What :func:`threshold_sweep` counts, arguments as there: pixels ``(K + 1, K + 1, S + 1)`` by their truth, the
     class of their largest map, and the number of scores below it; and images. Counts of several parts add up."""
     edges = np.asarray(scores, dtype=np.float32)
-    if edges.ndim != 1 or not len(edges) or np.any(np.diff(edges) <= 0):
+    if edges.ndim != 1 or not len(edges) or not np.isfinite(edges).all() or np.any(np.diff(edges) <= 0):
         raise expected("scores", "ascending background scores", scores)
     size, bins = num_classes + 1, len(edges) + 1
     joint = np.zeros(size * size * bins, dtype=np.int64)  # truth × class of the largest map × scores below it
     images = 0
-    for mask, present, cams in samples:
-        truth, classes = as_array("truth", mask, "(H, W)"), as_array("classes", present, "(C,)")
+    for sample in samples:
+        if not isinstance(sample, tuple | list) or len(sample) != 3:
+            raise InputTypeError(
+                "Expected argument `samples` to give a mask, class indices and their maps for each image, but got "
+                f"{type(sample).__name__}{f' of {len(sample)}' if isinstance(sample, tuple | list) else ''}."
+            )
+        mask, present, cams = sample
+        truth, classes = as_array("truth", mask, "(H, W)"), as_indices("classes", present, num_classes - 1)
         maps = as_array("maps", cams, "(C, H, W)", numbers=True)
-        if classes.dtype == bool:
-            raise expected("classes", "class indices from 0", "bool")
         if maps.shape != (len(classes), *truth.shape):
             raise expected("maps", f"of shape {(len(classes), *truth.shape)}", maps.shape)
         valid = truth != IGNORE
@@ -144,10 +155,10 @@ def count_scores(
             wrong = values[(values < 0) | (values >= size)][0]
             raise InputError(f"Expected mask values 0 to {num_classes} or 255, but got {wrong}.")
         if len(classes):
-            if not 0 <= np.min(classes) <= np.max(classes) < num_classes or np.isnan(maps).any():
-                raise expected("samples", f"maps without NaN of classes 0 to {num_classes - 1}", list(classes))
+            if np.isnan(maps).any():
+                raise expected("maps", "without NaN", f"NaN in those of classes {classes.tolist()}")
             best = maps.argmax(0)[valid]
-            chosen = np.asarray(classes, dtype=np.int64)[best] + 1
+            chosen = classes[best] + 1
             passed = np.searchsorted(edges, maps.max(0)[valid].astype(np.float32), side="left")
         else:
             chosen = passed = np.zeros_like(values)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from cacl._support.checks import as_array, check_range
+from cacl._support.checks import as_array, as_indices, check_range
 from cacl.constants import IGNORE
 from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, DenseCRF
 from cacl.errors import expected
@@ -83,11 +83,8 @@ def crf_labels(
     Returns:
         ``(S, H, W)``: 0 or class + 1.
     """
-    classes = as_array("classes", classes, numbers=True)
+    classes = as_indices("classes", classes, IGNORE - 2)
     maps = as_array("maps", maps, "(C, h, w)", numbers=True)
-    classes = classes if len(classes) else np.zeros(0, np.int64)
-    if classes.ndim != 1 or classes.dtype.kind not in "iu" or not all(0 <= k < IGNORE - 1 for k in classes.tolist()):
-        raise expected("classes", f"class indices (C,) from 0 to {IGNORE - 2}", f"{classes.dtype} {classes.tolist()}")
     if len(maps) != len(classes) or 0 in maps.shape[1:]:
         raise expected("maps", f"one map a class, ({len(classes)}, h, w)", f"shape {maps.shape}")
     if not np.isfinite(maps).all() or (maps.size and maps.min() < 0):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cacl._support.checks import as_array
+from cacl._support.checks import as_array, as_indices, check_range
 from cacl.constants import BACKGROUND_SCORE, IGNORE
 from cacl.errors import expected
 from cacl.images import VOC_COLOURS, Mask, Pixels
@@ -35,6 +35,8 @@ def heatmap(photo: Pixels, maps: NDArray[np.float32]) -> Pixels:
     if maps.shape[1:] != photo.shape[:2]:
         raise expected("maps", f"of the photo's size {photo.shape[:2]}", maps.shape[1:])
     heat = maps.max(0, initial=0.0)[..., None]
+    if np.isnan(heat).any():
+        raise expected("maps", "without NaN", "NaN")
     colours = np.clip(1.5 - np.abs(4 * heat - np.array((3.0, 2.0, 1.0))), 0, 1) * 255
     mixed: Pixels = (0.45 * photo + 0.55 * colours).astype(np.uint8)
     return mixed
@@ -59,9 +61,11 @@ def overlay(photo: Pixels, mask: NDArray[np.integer]) -> Pixels:
 
 
 def _photo(photo: Pixels) -> Pixels:
-    pixels: Pixels = as_array("photo", photo, "(H, W, 3)", numbers=True)
+    pixels: Pixels = as_array("photo", photo, "(H, W, 3)")
     if pixels.shape[2] != 3:
         raise expected("photo", "an array (H, W, 3)", f"shape {pixels.shape}")
+    if pixels.dtype != np.uint8 and pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise expected("photo", "in [0, 255]", f"{pixels.min()} to {pixels.max()}")
     return pixels
 
 
@@ -103,7 +107,8 @@ def _enlarged(picture: Pixels, least: int = 240) -> Image.Image:
 
 def threshold(classes: NDArray[np.int64], maps: NDArray[np.float32], score: float = BACKGROUND_SCORE) -> Mask:
     """``(C, H, W)`` CAMs of ``classes`` -> ``(H, W)``: the class + 1 of the largest above ``score``, or else 0."""
-    classes, maps = as_array("classes", classes, "(C,)"), as_array("maps", maps, "(C, H, W)", numbers=True)
+    check_range("score", score, -float("inf"), float("inf"))
+    classes, maps = as_indices("classes", classes, IGNORE - 2), as_array("maps", maps, "(C, H, W)", numbers=True)
     if len(classes) != len(maps):
         raise expected("maps", f"one map a class, ({len(classes)}, H, W)", f"shape {maps.shape}")
     if not len(classes):

@@ -321,6 +321,34 @@ def test_checkpoints_that_are_not_clear(clip_state, tmp_path, wrap, text):
     assert text in refused(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "it is an empty file: copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 353976522\n", "git lfs pull fetches it"),
+        (b"\n<!DOCTYPE html><html>404</html>", "it is a web page: the download gave another file"),
+    ],
+)
+def test_what_a_download_leaves_in_a_checkpoint_s_place(tmp_path, content, text):
+    (tmp_path / "model.pt").write_bytes(content)
+    assert text in refused(tmp_path / "model.pt")
+
+
+def test_quantised_weights(clip_state, tmp_path):
+    torch.save({key: value.to(torch.int8) for key, value in clip_state.items()}, tmp_path / "model.pt")
+    assert "expected weights of a floating point type, but got torch.int8." in refused(tmp_path / "model.pt")
+
+
+def test_a_text_tower_alone(clip_state, tmp_path):
+    torch.save({k: v for k, v in clip_state.items() if not k.startswith("visual.")}, tmp_path / "model.pt")
+    assert "the state dict of a CLIP model, but it has no 'visual.conv1.weight'." in refused(tmp_path / "model.pt")
+
+
+def test_weights_in_place_of_a_name(clip_state):
+    with pytest.raises(TypeError, match="`name` to be an encoder's name or a path, but got dict"):
+        load_encoder(dict(clip_state))
+
+
 @pytest.fixture
 def archive(clip_model, tmp_path):
     """A TorchScript archive, its hash, and a reader that fails on it."""

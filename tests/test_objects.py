@@ -145,6 +145,11 @@ def test_images_that_are_not_finite_are_not_the_encoder_s_fault():
         ({"mean": (0.5, float("nan"), 0.5)}, ValueError, "`encoder.mean` to be three finite numbers"),
         ({"mean": ("a", "b", "c")}, ValueError, "`encoder.mean`"),
         ({"mean": (123.7, 116.3, 103.5)}, ValueError, "`encoder.mean` to be of pixels of 0 to 1"),
+        (
+            {"std": (58.4, 57.1, 57.4)},
+            ValueError,
+            "`encoder.std` to be of pixels of 0 to 1, but got (58.4, 57.1, 57.4)",
+        ),
         ({"mean": torch.zeros(2, 3)}, ValueError, "`encoder.mean` to be three finite numbers"),
         ({"encode_text": "words"}, TypeError, "`encoder.encode_text` to be callable, but got str."),
     ],
@@ -157,6 +162,22 @@ def test_an_encoder_s_members(attributes, kind, text):
 def test_statistics_may_be_any_three_numbers(make):
     own = with_attributes(mean=make(TinyEncoder.mean), std=make(TinyEncoder.std), image_size=np.int64(32))
     torch.testing.assert_close(loss_of(own), loss_of(TinyEncoder()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"backgrounds": {"boat": ["sea"]}},
+            "`backgrounds` to be a BackgroundSet, but got dict; cacl.BackgroundSet(…)",
+        ),
+        ({"backgrounds": "voc"}, "`backgrounds` to be a BackgroundSet, but got str"),
+        ({"prompts": ["a {}"]}, "`prompts` to be a PromptSet, but got list; cacl.PromptSet(…) makes one."),
+        ({"prompts": "a {}"}, "`prompts` to be a PromptSet, but got str"),
+    ],
+)
+def test_texts_of_another_type(settings, text):
+    assert text in said(lambda: CACLLoss(TinyEncoder(), NAMES, **settings), TypeError)
 
 
 def test_a_class_or_a_name_in_place_of_an_object():
@@ -192,6 +213,10 @@ class Shaped(nn.Module):
         (lambda x: x[:, :4], ValueError, "(B, 8, h, w), but got shape (2, 4, 4, 4)."),
         (lambda x: x[:1], ValueError, "(B, 8, h, w), but got shape (1, 8, 4, 4)."),
         (lambda x: x.long(), TypeError, "of a floating point type, but got torch.int64."),
+        (Tensor.half, TypeError, "maps of the network's type torch.float32, but got torch.float16."),
+        (Tensor.double, TypeError, "maps of the network's type torch.float32, but got torch.float64."),
+        (lambda x: x.to("meta"), ValueError, "maps on the network's device cpu, but got meta."),
+        (lambda x: x[..., :0], ValueError, "but got shape (2, 8, 4, 0): are the images too small for it?"),
     ],
 )
 def test_a_backbone_s_answers(make, change, kind, text):
@@ -293,6 +318,13 @@ def test_labels_that_are_neither_yes_nor_no(labels, value):
         assert said(call) == wanted
 
 
+@pytest.mark.parametrize(
+    "make", [torch.Tensor.to_sparse, lambda x: x.to("meta"), lambda x: x.to(torch.uint16), lambda x: x + 0j]
+)
+def test_labels_that_cannot_be_counted(make):
+    assert "`labels` to be bool, or plain integers" in said(lambda: present_pairs(make(torch.eye(2))), TypeError)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
 def test_labels_of_any_type_that_are_yes_or_no(dtype):
     wanted = [(0, 0), (0, 2), (1, 1)]
@@ -321,7 +353,23 @@ def test_class_indices_of_a_prediction():
     assert net.predict(images, classes=torch.tensor([])).shape == (1, 0, 32, 32)
     assert "in [0, 2], but got -1" in said(lambda: net.predict(images, classes=torch.tensor([-1])))
     assert "in [0, 2], but got 3" in said(lambda: net.predict(images, classes=torch.tensor([3])))
-    assert "integer tensor" in said(lambda: net.predict(images, classes=torch.tensor([True, False, True])), TypeError)
+    text = said(lambda: net.predict(images, classes=torch.tensor([True, False, True])), TypeError)
+    assert "class indices (C,) in [0, 2], but got bool" in text
+    assert "in [0, 2], but got shape ()" in said(lambda: net.predict(images, classes=1))
+    assert "but got <U4" in said(lambda: net.predict(images, classes=["boat"]), TypeError)
+    torch.testing.assert_close(net.predict(images, classes=np.array([2, 0], np.uint8)), wanted)
+
+
+@pytest.mark.parametrize("scales", [1.0, [], [0.0], [-1.0], [float("nan")], [float("inf")], ["1"], None])
+def test_scales_of_a_prediction(scales):
+    net = CAMNet(2, backbone=TinyBackbone())
+    assert "argument `scales` to " in said(lambda: net.predict(torch.ones(1, 3, 32, 32), scales=scales))
+
+
+def test_scales_may_be_an_array_or_a_tensor():
+    net, images = CAMNet(2, backbone=TinyBackbone()), torch.rand(1, 3, 32, 32)
+    for scales in (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+        assert torch.equal(net.predict(images, scales=scales), net.predict(images, scales=(1.0, 2.0)))
 
 
 # Arrays, tensors and lists
@@ -346,6 +394,9 @@ def test_what_is_no_mask():
     assert "but got torch.float" not in said(lambda: matrix.update(mask, torch.zeros(1, 3)), TypeError)
     assert "`prediction` to hold integers, but got NoneType." in said(lambda: matrix.update(mask, None), TypeError)
     assert "`truth` to hold integers" in said(lambda: matrix.update([[0], [1, 2]], mask), TypeError)
+    assert "(ignored), but got 18446744073709551615." in said(
+        lambda: matrix.update(np.full((1, 3), 2**64 - 1, np.uint64), mask)
+    )
     assert matrix.counts.sum() == 0
     matrix.update(np.where(mask == 2, 255, mask), np.where(mask == 2, 255, mask))  # left out by the truth
     assert np.diagonal(matrix.counts).tolist() == [1, 1, 0]
@@ -357,6 +408,31 @@ def test_a_sweep_of_tensors():
     np.testing.assert_allclose(sweep.iou, [[1 / 2, 2 / 3], [2 / 3, 1 / 2]])
     assert "class indices" in said(lambda: threshold_sweep([(truth, np.array([True]), maps)], 1))
     assert "`maps` to be an array (C, H, W)" in said(lambda: threshold_sweep([(truth, classes, maps[0])], 1))
+    assert "`classes` to be class indices (C,) in [0, 0], but got 1." in said(
+        lambda: threshold_sweep([(truth, [1], maps)], 1)
+    )
+    assert "`maps` to be without NaN" in said(lambda: threshold_sweep([(truth, classes, maps * np.nan)], 1))
+    assert "for each image, but got tuple of 2." in said(lambda: threshold_sweep([(truth, classes)], 1), TypeError)
+    assert "`num_classes` to be a positive integer" in said(lambda: threshold_sweep([], 0))
+    for scores in ("ab", [float("nan")], 0.3, None):
+        assert "argument `scores` to " in said(lambda scores=scores: threshold_sweep([], 1, scores=scores))
+    assert threshold_sweep([(truth, classes, maps)], 1, scores=torch.tensor([0.25, 0.5])).miou(0.25) == sweep.miou(0.2)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, "2", True, None])
+def test_numbers_of_classes(count):
+    assert "`num_classes` to be a positive integer" in said(lambda: ConfusionMatrix(count))
+
+
+def test_numbers_may_be_numpy_s():
+    assert ConfusionMatrix(np.uint8(255)).counts.shape == (256, 256)
+    assert CAMNet(np.int64(2), backbone=TinyBackbone())(torch.ones(1, 3, 32, 32)).cams.shape[1] == 2
+    assert loss_of(TinyEncoder(), alpha=np.float32(1)).isfinite()
+    image = np.zeros((4, 4, 3), np.uint8)
+    assert (
+        dense_crf(image, np.ones((2, 4, 4)), gaussian=(np.float32(3), np.int64(3)), iterations=np.int64(1)).shape[0]
+        == 2
+    )
 
 
 def test_maps_and_probabilities_may_be_tensors():
@@ -390,13 +466,24 @@ def test_arrays_where_tensors_are_meant():
         assert "but got ndarray; torch.from_numpy makes a tensor of it" in said(call)
 
 
+def test_backbones_in_half_precision_under_autocast():
+    images = torch.rand(1, 3, 64, 64)
+    for make in (lambda b: CAMNet(2, backbone=b), lambda b: DeepLabV2(2, backbone=b), IRNet):
+        with torch.autocast("cpu", torch.bfloat16):
+            make(Shaped(Tensor.bfloat16)).eval()(images)
+    CAMNet(2, backbone=Shaped(Tensor.bfloat16)).bfloat16()(images.bfloat16())
+
+
 def test_masks_of_classes_that_there_are_not():
     logits = [torch.zeros(1, 2, 2, 2)]
     masks = torch.tensor([[[0, 1], [255, 7]]], dtype=torch.uint8)
     assert "`masks` to be in [0, 1] or 255 (ignored), but got 7." in said(lambda: segmentation_loss(logits, masks))
     assert "but got -1." in said(lambda: segmentation_loss(logits, masks.long().clamp(max=1) - 1))
     assert "integer type" in said(lambda: segmentation_loss(logits, torch.zeros(1, 2, 2)), TypeError)
+    for other in (masks.to_sparse(), masks.to(torch.complex64)):
+        assert "integer type" in said(lambda other=other: segmentation_loss(logits, other), TypeError)
     masks[0, 1, 1] = 1
+    assert torch.equal(segmentation_loss(logits, masks.to(torch.uint16)), segmentation_loss(logits, masks))
     assert segmentation_loss(logits, masks).item() == pytest.approx(np.log(2))
 
 
@@ -413,6 +500,12 @@ def test_pictures_of_tensors():
     assert "`mask` to be of the photo's size (4, 5)" in said(lambda: overlay(photo, mask.T))
     assert "`mask` to hold integers, but got float64." in said(lambda: overlay(photo, mask / 1), TypeError)
     assert "`maps` to be of the photo's size (4, 5)" in said(lambda: heatmap(photo, maps.transpose(0, 2, 1)))
+    for classes, came in (([-1], "-1"), ([254], "254"), (np.array([255], np.uint8), "255"), ([True], "bool")):
+        text = said(lambda classes=classes: threshold(classes, maps))
+        assert f"`classes` to be class indices (C,) in [0, 253], but got {came}." in text
+    assert "`maps` to be without NaN" in said(lambda: heatmap(photo, maps * np.nan))
+    assert "`photo` to hold integers, but got float64." in said(lambda: overlay(photo / 255, mask), TypeError)
+    assert "`photo` to be in [0, 255], but got 400 to 400." in said(lambda: heatmap(photo * np.int64(4), maps))
     assert "`photo` to be an array (H, W, 3), but got shape (3, 4, 5)" in said(
         lambda: overlay(photo.transpose(2, 0, 1), mask)
     )

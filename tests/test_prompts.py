@@ -481,6 +481,27 @@ ANSWERS = {
     "numbers in a line": "1. water 2. pier 3. sky",
     "signs that are not seen": "\ufeffwater\n\u200bpier\n🌊 sky",
     "and so on": "water, pier, sky, etc.",
+    "numbers before ideographic commas": "1、water\n2、pier\n3、sky",
+    "all in one line of such": "一、water；二、pier；三、sky。",
+    "numbers and nothing else": "1 water\n2 pier\n3 sky",
+    "numbers with a hash": "#1 water\n#2 pier\n#3 sky",
+    "numbers in brackets in a line": "(1) water (2) pier (3) sky",
+    "bracketed numbers of one letter": "⑴ water ⑵ pier ⑶ sky",
+    "keys": "1\ufe0f\u20e3 water\n2\ufe0f\u20e3 pier\n3\ufe0f\u20e3 sky",
+    "Japanese dots": "・water（水）\n・pier（桟橋）\n・sky（空）",
+    "translations after colons": "1. Water：水\n2. Pier：码头\n3. Sky：天空",
+    "a label in Chinese": "答案：water、pier、sky",
+    "Chinese sentences around": "好的，以下是三个词：\nwater\npier\nsky\n\n以上是按频率排列的三个词。",
+    "a Chinese sentence without an end": "water\npier\nsky\n希望对你有帮助",
+    "a Japanese sentence": "water\npier\nsky\n\n以上です。",
+    "lenticular brackets": "【water】、【pier】、【sky】",
+    "wide spaces": "water　pier　sky",
+    "code side by side": "`water` `pier` `sky`",
+    "footnotes": "water¹\npier²\nsky³",
+    "a mark at the end": "water\npier\nsky<|im_end|>\n",
+    "the window's own words": "Thought for 8 seconds\n\nwater\npier\nsky",
+    "a role": "assistant\n\nwater\npier\nsky",
+    "another turn": "water\npier\nsky\n\nUser: thanks",
 }
 
 
@@ -524,6 +545,19 @@ def test_parse_keeps_words_of_several_parts(words, mark):
         ("\\item water", r"'\\item water'"),
         ("1\nwater\n2\npier", "'1'"),
         ("```\nwater\n```\n```\npier\n```", "2 code blocks"),
+        ("1. Water\n- it floats there\n2. Pier\n- it lies there", "'- it floats there'"),
+        ("Boat\n\nwater\npier", "'Boat'"),
+        ("water\npier\n\nViel Erfolg", "'Viel Erfolg'"),
+        ("water\npier\n\nTotal: 2", "'Total: 2'"),
+        ("plaintext\nCopy code\nwater\npier", "'Copy code'"),
+        ("water, e.g. waves\npier", "'water, e.g. waves'"),
+        ("water or waves\npier", "'water or waves'"),
+        ("water、pier和sky", "'water, pier和sky'"),
+        ("word,reason\nwater,below", "'word,reason'"),
+        ('["water", "pier", "sk', """'["water", "pier", "sk'"""),
+        ("water pier sky shore", "'water pier sky shore'"),
+        ("water  pier", "'water  pier'"),
+        ("analysisThree words.assistantfinalwater\npier", "'analysisThree words.assistantfinalwater'"),
     ],
 )
 def test_parse_refuses_what_is_unclear(answer, line):
@@ -532,6 +566,13 @@ def test_parse_refuses_what_is_unclear(answer, line):
         BackgroundSet.parse(answer)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_parse_of_a_book():
+    thought = f"<think>{'It is on water. ' * 5000}</think>"
+    assert BackgroundSet.parse(f"{thought}\nwater\npier\nsky") == THREE
+    with pytest.raises(ValueError, match="to be a list of words, but got a text of 20000 characters"):
+        BackgroundSet.parse("a" * 20000)
 
 
 def test_parse_of_no_text():

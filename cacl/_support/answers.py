@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,8 @@ def statistics_of(encoder: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
         raise InputError(f"Expected `encoder.mean` to be of pixels of 0 to 1, but got {quoted(encoder.mean)}.")
     if min(std) <= 0:
         raise InputError(f"Expected `encoder.std` to be positive, but got {quoted(encoder.std)}.")
+    if max(std) > 1:
+        raise InputError(f"Expected `encoder.std` to be of pixels of 0 to 1, but got {quoted(encoder.std)}.")
     return mean, std
 
 
@@ -198,17 +200,25 @@ def _channels(backbone: object, wanted: str, given: Any) -> int:
     return channels
 
 
-def check_maps(answer: object, images: Tensor, channels: int) -> Tensor:
-    """Require what a backbone gives for images to be ``(B, channels, h, w)``."""
-    sizes = (images.shape[0], channels, None, None)
-    return check_answer("Expected argument `backbone` to be giving", answer, sizes, f"(B, {channels}, h, w)")
+def check_maps(answer: object, images: Tensor, weight: Tensor) -> Tensor:
+    """Require what a backbone gives for images to be ``(B, channels, h, w)``, as a convolution's weight is made for."""
+    channels = weight.shape[1]
+    expecting, wanted = "Expected argument `backbone` to be giving", f"(B, {channels}, h, w)"
+    maps = check_answer(expecting, answer, (images.shape[0], channels, None, None), wanted)
+    if 0 in maps.shape[2:]:
+        raise InputError(f"{expecting} {wanted}, but got {shape(maps)}: are the images too small for it?")
+    if maps.device != weight.device:
+        raise InputError(f"{expecting} maps on the network's device {weight.device}, but got {maps.device}.")
+    if maps.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise InputTypeError(f"{expecting} maps of the network's type {weight.dtype}, but got {maps.dtype}.")
+    return maps
 
 
-def check_levels(answer: object, images: Tensor, channels: tuple[int, ...]) -> list[Tensor]:
+def check_levels(answer: object, images: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """Require what a backbone's ``levels`` gives for images to be a list of ``(B, channels, h, w)``."""
-    wanted = f"Expected argument `backbone` to give {len(channels)} levels"
+    wanted = f"Expected argument `backbone` to give {len(weights)} levels"
     if not isinstance(answer, list | tuple):
         raise InputTypeError(f"{wanted}, but got {type(answer).__name__}.")
-    if len(answer) != len(channels):
+    if len(answer) != len(weights):
         raise InputError(f"{wanted}, but got {len(answer)}.")
-    return [check_maps(each, images, count) for each, count in zip(answer, channels, strict=True)]
+    return [check_maps(each, images, weight) for each, weight in zip(answer, weights, strict=True)]

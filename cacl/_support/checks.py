@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ def check_tensor(argument: str, value: object, dims: str) -> None:
     """Require a floating point tensor with as many dimensions as ``dims`` names, for example ``"(N, D)"``."""
     if not isinstance(value, Tensor):
         raise InputTypeError(f"Expected argument `{argument}` to be a tensor {dims}, but got {kind_of(value)}.")
+    if value.layout != torch.strided:
+        raise InputTypeError(f"Expected argument `{argument}` to be a dense tensor {dims}, but got {value.layout}.")
     if not value.is_floating_point():
         raise InputTypeError(f"Expected argument `{argument}` to be of a floating point type, but got {value.dtype}.")
     if value.ndim != dims.count(",") + 1:
@@ -54,6 +57,21 @@ def as_array(argument: str, value: object, dims: str = "", *, numbers: bool = Fa
     return array
 
 
+def as_indices(argument: str, value: object, last: int) -> NDArray[np.int64]:
+    """Class indices ``(C,)`` from 0 to ``last`` in an array, a tensor or a list, as an array."""
+    array = as_array(argument, value, numbers=True)
+    array = array if array.size else np.zeros(0, np.int64)
+    wanted = f"class indices (C,) in [0, {last}]"
+    if array.dtype.kind not in "iu":
+        raise InputTypeError(f"Expected argument `{argument}` to be {wanted}, but got {array.dtype}.")
+    if array.ndim != 1:
+        raise expected(argument, wanted, f"shape {array.shape}")
+    wrong = array[(array < 0) | (array > last)]
+    if len(wrong):
+        raise expected(argument, wanted, int(wrong[0]))
+    return array.astype(np.int64)
+
+
 def check_same_shape(dims: str, **tensors: Tensor) -> None:
     """Require floating point tensors of one shape."""
     (first, reference), *others = tensors.items()
@@ -77,11 +95,21 @@ def check_classes(classes: Tensor, pairs: int, num_classes: int | None) -> None:
             raise expected("classes", f"in [0, {num_classes - 1}]", low if low < 0 else high)
 
 
+_LABELS = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+"""Types of labels; torch counts no ones among others."""
+
+
 def check_labels(labels: object, classes: int | None = None) -> None:
     """Require ``(B, K)`` of 0 and 1, or bool; the values are looked at on the CPU only, where it costs no wait."""
     columns = "K" if classes is None else classes
     if not isinstance(labels, Tensor):
         raise InputTypeError(f"Expected argument `labels` to be a tensor (B, {columns}), but got {kind_of(labels)}.")
+    if labels.dtype not in _LABELS or labels.layout != torch.strided or labels.is_meta:
+        came = labels.layout if labels.layout != torch.strided else "meta" if labels.is_meta else labels.dtype
+        raise InputTypeError(f"Expected argument `labels` to be bool, or plain integers or numbers, but got {came}.")
     if labels.ndim != 2 or (classes is not None and labels.shape[1] != classes):
         raise expected("labels", f"a tensor (B, {columns})", shape(labels))
     if labels.device.type == "cpu" and labels.dtype != torch.bool:
@@ -92,24 +120,24 @@ def check_labels(labels: object, classes: int | None = None) -> None:
             raise expected("labels", "0 (absent) or 1 (present)", f"{value} for image {image}, class {k}")
 
 
-def check_range(argument: str, value: float, low: float, high: float) -> None:
+def check_range(argument: str, value: object, low: float, high: float) -> None:
     """Require ``low <= value <= high``, both finite or not; NaN never passes."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"Expected argument `{argument}` to be a number, but got {type(value).__name__}.")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise expected(argument, f"a number in [{low:g}, {high:g}]", value)
 
 
 def check_integer(argument: str, value: object, low: int, high: float = float("inf")) -> None:
     """Require an integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         wanted = f"of at least {low}" if high == float("inf") else f"in [{low}, {high:g}]"
         raise expected(argument, f"an integer {wanted}", repr(value))
 
 
 def check_positive(argument: str, value: object) -> None:
     """Require an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise expected(argument, "a positive integer", repr(value))
 
 

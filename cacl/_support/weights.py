@@ -43,15 +43,31 @@ def load_state(path: Path, *, kind: str = "", foreign: bool = False) -> dict[str
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds; each means that the file is something else
-        more = foreign and isinstance(error, UnpicklingError)
+        other = _other_file(path) if foreign else ""
+        more = foreign and isinstance(error, UnpicklingError) and not other
         remedy = "; a file of torch.save(model.state_dict(), …), which holds nothing else, is read" if more else ""
         raise InputError(
-            f"{path}: not a {f'{kind} ' if kind else ''}checkpoint (nothing in it was run): {first_line(error)}{remedy}"
+            f"{path}: not a {f'{kind} ' if kind else ''}checkpoint (nothing in it was run): "
+            f"{other or first_line(error)}{remedy}"
         ) from None
     if not isinstance(state, dict):
         wanted = f"a state dict (name -> tensor) of a {kind} model" if kind else "a checkpoint"
         raise InputError(f"{path}: expected {wanted}, but got {type(state).__name__}")
     return state
+
+
+_OTHERS = {
+    b"": "it is an empty file: copy or download it again",
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself: git lfs pull fetches it",
+    b"<": "it is a web page: the download gave another file",
+}
+"""Beginnings of what downloads leave in the place of a checkpoint, and what to do."""
+
+
+def _other_file(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(100).lstrip()
+    return next((said for begin, said in _OTHERS.items() if start.startswith(begin) and (begin or not start)), "")
 
 
 def check_inflated(path: Path) -> None:

@@ -15,7 +15,7 @@ _THOUGHT = r"(think|thinking|thought|thoughts|reasoning|reflection|analysis|scra
 _TAGS = r"</?(?:answer|output|result|final|words|ul|ol|li|p|b|i|strong|em|code|pre|div|span|br)\b[^<>]*>"
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _BULLET = re.compile(
-    r"^(\s*)(?:\(?\d{1,3}\s*[.):](?!\d)|(?:[ivx]{1,4}|[a-z])[.)](?=\s)|[•·●▪◦–—]|-(?!-)|[*+](?=\s))\s*"
+    r"^(\s*)(?:\(?\d{1,3}\s*[.):](?!\d)|(?:[ivx]{1,4}|[a-z])[.)](?=\s)|[•·・‣⁃●▪◦–—]|-(?!-)|[*+](?=\s))\s*"
     r"(?:\[[ x]?\]\s+)?",
     re.I,
 )
@@ -28,14 +28,28 @@ _PROSE = re.compile(
     r"\b(?:here|are|is|was|were|be|been|these|this|those|that|which|what|where|when|how|who|why|i|i['’](?:m|ll)|you|your|we|"
     r"my|me|it|its|it['’]s|they|them|their|he|she|his|her|hope|helps|let|know|sure|certainly|okay|please|thanks|may|"
     r"might|will|would|should|often|usually|commonly|typically|frequently|because|since|if|have|has|had|not|can['’]t|by|"
-    r"ordered|words|list|following|sorry)(?![\w'’-])",
+    r"ordered|words|list|following|sorry|copy code|(?:thought|reasoned) for|searched)"
+    r"(?![\w'’-])|以[上下]|如[下需]|希望|です|ます",
     re.I,
 )
-"""Words of sentences, which no name of a thing has."""
-_NOTHING = ("none", "null", "nothing", "etc", "and so on", "so on")
-_LABELS = re.compile(r"(?:\b(?:words?|answer|final|list|output|result|notes?|backgrounds?|objects?)\b\s*)+", re.I)
+"""Words of sentences, and of the windows that answers are copied from, which no name of a thing has."""
+_SEVERAL = re.compile(r"\b(?:or|such as|includ(?:e|es|ing)|probably|e\.g)(?![\w'’-])|(?<=[a-z])[和与與及等とや]", re.I)
+"""What makes a name of several, or of more than a name."""
+_NOTHING = (
+    "none", "null", "nothing", "etc", "and so on", "so on", "yes", "ok", "gladly", "of course", "no problem", "done",
+    "cheers", "assistant", "好的", "はい",
+)  # fmt: skip
+_LABELS = re.compile(
+    r"(?:\b(?:words?|user|assistant|answer|final|list|output|result|notes?|backgrounds?|objects?)\b\s*)+", re.I
+)
 """Words of titles and of what stands before a list."""
-_COLUMNS = ("word", "words", "term", "thing", "object", "name", "item", "background", "background word", "noun")
+_NUMBER = re.compile(r"^[ \t]*#?(\d{1,2})(?:[ \t]*[-,][ \t]*|[ \t]+)(?=[^\W\d_])", re.M)
+"""What may number a line, or begin a name: 2 story house."""
+_END = re.compile(r"(?:<\|[^<>|]*\|>|</s>|<end_of_turn>)\Z")
+"""A model's own mark at the end of its answer."""
+_COLUMNS = (
+    "word", "words", "term", "thing", "object", "name", "item", "background", "background word", "noun", "english",
+)  # fmt: skip
 
 
 def read_words(answer: str) -> tuple[str, ...]:
@@ -46,7 +60,10 @@ def read_words(answer: str) -> tuple[str, ...]:
     """
     if not isinstance(answer, str):
         raise InputTypeError(f"Expected argument `answer` to be a text, but got {type(answer).__name__}.")
-    text = _block(_without_thoughts(_plain(answer)))
+    text = _without_thoughts(_plain(answer))
+    if len(text) > 5000:
+        raise expected("answer", "a list of words", f"a text of {len(text)} characters")
+    text = _block(text)
     words = _of_json(text)
     if words is None:
         words = _of_lines(text)
@@ -62,8 +79,11 @@ def _unclear(line: object) -> InputError:
 
 def _plain(answer: str) -> str:
     """In the letters, digits and signs that the rest knows."""
-    text = re.sub(r"[\u2460-\u2473\u2776-\u2793]\s*", "\n- ", html.unescape(answer))  # numbers in circles
-    text = unicodedata.normalize("NFKC", "\n".join(text.splitlines()))
+    text = re.sub(r"[\u2460-\u2487\u2776-\u2793]\s*", "\n- ", html.unescape(answer))  # numbers in circles, brackets
+    text = re.sub(r"(?<![^\s；;，。])[一二三四五六七八九十]{1,2}、", "\n- ", text)
+    text = re.sub("[\u00b9\u00b2\u00b3\u2070-\u2079]", "", re.sub(r"(?<=\w)\u3000+(?=\w)", ", ", text))  # of footnotes
+    text = re.sub("(?<=\\d)\ufe0f?\u20e3", ".", text)  # of a key
+    text = unicodedata.normalize("NFKC", "\n".join(text.replace("：", ": ").splitlines()))
     text = re.sub(r"[」』]\s*[「『]", ", ", text.replace("、", ", ").replace("。", "."))
     text = re.sub("[\u200b\u2060\ufeff\ufe0f]", "", text)
     return "".join(c for c in text if c == "\u00b7" or unicodedata.category(c) != "So" or c in "●▪◦")
@@ -72,8 +92,13 @@ def _plain(answer: str) -> str:
 def _without_thoughts(text: str) -> str:
     text = re.sub(rf"<{_THOUGHT}\b[^<>]*>.*?</\1\s*>", "\n", text, flags=re.I | re.S)
     text = re.split(rf"</{_THOUGHT}\s*>", text, flags=re.I)[-1]  # whose beginning is not part of the answer
-    if cut := re.search(rf"<{_THOUGHT}\b.*|.*<\|.*", text, re.I):  # which has no end, or marks of a model's own
-        raise _unclear(cut[0])
+    text = text.rstrip()
+    while end := _END.search(text):
+        text = text[: end.start()].rstrip()
+    marked = (line for line in text.splitlines() if "<|" in line or "assistantfinal" in line)  # of a model's own
+    cut = re.search(rf"<{_THOUGHT}\b.*", text, re.I)  # which has no end
+    if line := cut[0] if cut else next(marked, ""):
+        raise _unclear(line)
     return re.sub(_TAGS, "\n", text, flags=re.I)
 
 
@@ -87,6 +112,8 @@ def _block(text: str) -> str:
 
 def _of_json(text: str) -> list[str] | None:
     """The words of a list or an object of JSON; None where there is none."""
+    if text.count("[") > text.count("]"):
+        raise _unclear(" ".join(text.split()))
     if not (match := re.search(r"^[ \t]*(?:\w+[ \t]*=[ \t]*)?([\[{].*[\]}])[ \t]*;?[ \t]*$", text, re.S | re.M)):
         return None
     try:
@@ -110,19 +137,26 @@ def _of_entry(entry: dict[str, object]) -> object:
 
 
 def _of_lines(text: str) -> list[str]:
-    lines = [re.sub(r"\*\*|__|`", "", line).rstrip() for line in _bullets_apart(text).splitlines()]
-    lines = [line for line in lines if re.search(r"\w", line) or "|" in line]
+    text = re.sub(r"(`|\*\*|__)[ \t]+\1", r"\1, \1", text)
+    text = re.sub(r"\*\*|__|`", "", _bullets_apart(_numbers_marked(text)))
+    paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text)]
+    lines = [line for line in map(str.rstrip, text.splitlines()) if re.search(r"\w", line) or "|" in line]
     lines = [line for line in lines if not re.match(r"\s*#{1,6}\s", line)]
     if sum("|" in line for line in lines) > 1 or any(line.strip().startswith("|") for line in lines):
         return _of_table(lines)
+    if lines and "," in lines[0] and {piece.lower() for piece in _pieces(lines[0])} & {*_COLUMNS}:  # of CSV
+        raise _unclear(lines[0].strip())
     bulleted = [match for line in lines if (match := _BULLET.match(line))]
     if bulleted:
         for match in bulleted:
             if len(match[1]) >= len(bulleted[0][1]) + 2:  # of a word, or a word of a group
                 raise _unclear(match.string.strip())
+            if match[0].strip(" (")[0].isdigit() != bulleted[0][0].strip(" (")[0].isdigit():  # said of what is numbered
+                raise _unclear(match.string.strip())
     dotted = [line.endswith(".") for line in lines if not _BULLET.match(line)]
     found: list[str] = []
-    ended = ""
+    ended = apart = ""
+    places: list[bool] = []
     for line in lines:
         match = _BULLET.match(line)
         content = line[match.end() :] if match else line.strip()
@@ -133,7 +167,17 @@ def _of_lines(text: str) -> list[str]:
             raise _unclear((ended or line).strip())
         else:
             found += words
+            places.append(line.strip() in paragraphs)
+            apart = apart or line if places[-1] else apart
+    if not bulleted and apart and not all(places):  # a title, or a farewell
+        raise _unclear(apart)
     return found
+
+
+def _numbers_marked(text: str) -> str:
+    """Numbers before words, where they count the lines, as bullets."""
+    numbers = [int(number) for number in _NUMBER.findall(text)]
+    return _NUMBER.sub("- ", text) if len(numbers) > 1 and numbers == [*range(1, len(numbers) + 1)] else text
 
 
 def _bullets_apart(text: str) -> str:
@@ -141,19 +185,26 @@ def _bullets_apart(text: str) -> str:
     text = re.sub(r"(?<=\S)\s+(?=[•●▪]\s)", "\n", text)
     rows = text.splitlines()
     return "\n".join(
-        re.sub(r"(?<=\S)\s+(?=\d{1,2}[.)]\s)", "\n", row) if re.match(r"\s*1[.)]\s", row) else row for row in rows
+        re.sub(r"(?<=\S)\s+(?=\(?\d{1,2}[.)]\s)", "\n", row) if re.match(r"\s*\(?1[.)]\s", row) else row for row in rows
     )
 
 
 def _of_line(line: str, *, bulleted: bool, alone: bool) -> list[str] | None:
     """The words of one line; None for a sentence."""
     line = re.sub(r"(?<!^)\([^()]*\)" if alone else r"\([^()]*\)", "", line).strip(' \t"*_`')
-    if not line or (line.endswith(":") and not bulleted) or _LABELS.fullmatch(line):
+    if not line or (line.endswith(":") and not bulleted) or (_LABELS.fullmatch(line) and not bulleted):
         return None
     head, *rest = _APART.split(line, maxsplit=1)
     if rest and _NUMBERED.fullmatch(_bare(head)):
         return _of_line(rest[0], bulleted=bulleted, alone=alone)
     if rest:
+        if (
+            bulleted
+            and _is_word(_bare(head))
+            and head.isascii()
+            and not (_number(rest[0]) or re.search("[a-zA-Z]", rest[0]))
+        ):
+            return [_bare(head)]  # and what it is called in another script
         said = _pieces(rest[0])
         words = said if all(map(_is_word, said)) and not rest[0].endswith(("!", "?")) else []
         colon = ":" in line[len(head) : len(line) - len(rest[0])]
@@ -162,6 +213,8 @@ def _of_line(line: str, *, bulleted: bool, alone: bool) -> list[str] | None:
         if len(words) > 1 or _APART.search(rest[0]) or (colon and words and (not bulleted or " " not in words[0])):
             raise _unclear(line)
         head = _bare(head)
+        if colon and not bulleted and _number(rest[0]):  # a count
+            raise _unclear(line)
         if _is_word(head):
             return [head]
         _check_sentence(line)
@@ -172,8 +225,14 @@ def _of_line(line: str, *, bulleted: bool, alone: bool) -> list[str] | None:
 def _listed(line: str, *, bulleted: bool, alone: bool) -> list[str] | None:
     """Words with commas between them; None for a sentence."""
     pieces = _pieces(line)
+    if _SEVERAL.search(line) and not _PROSE.search(line):
+        raise _unclear(line)
     if alone and pieces and " and " in pieces[-1] and not any(piece.startswith("and ") for piece in pieces):
         pieces[-1:] = pieces[-1].split(" and ")
+    if (
+        alone and not bulleted and len(pieces) == 1 and len(line.split()) > 3 and _is_word(pieces[0])
+    ):  # words with nothing between them?
+        raise _unclear(line)
     pieces = [piece for each in pieces if (piece := re.sub(r"^and\s+", "", each)).lower() not in _NOTHING]
     ends = not bulleted and line.endswith(("!", "?", ".")) and len(pieces) == 1 and len(line.split()) > 2
     if not ends and all(map(_is_word, pieces)):
@@ -195,11 +254,11 @@ def _pieces(line: str) -> list[str]:
 
 def _bare(text: str) -> str:
     """Without the marks around it."""
-    return text.strip(" \t.\"'*_[]\u2018\u2019\u201c\u201d«»「」『』…")
+    return text.strip(" \t.\"'*_[]《》〈〉【】\u2018\u2019\u201c\u201d«»「」『』…")
 
 
 def _is_word(text: str) -> bool:
-    return len(text.split()) <= 5 and _WORD.fullmatch(text) is not None and not _PROSE.search(text)
+    return len(text.split()) <= 5 and "  " not in text and _WORD.fullmatch(text) is not None and not _PROSE.search(text)
 
 
 def _of_table(lines: Sequence[str]) -> list[str]:
