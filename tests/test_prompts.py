@@ -546,6 +546,7 @@ def test_parse_keeps_words_of_several_parts(words, mark):
         ("1\nwater\n2\npier", "'1'"),
         ("```\nwater\n```\n```\npier\n```", "2 code blocks"),
         ("1. Water\n- it floats there\n2. Pier\n- it lies there", "'- it floats there'"),
+        ("1. Water\n- below\n- wet\n2. Pier", "'- below'"),
         ("Boat\n\nwater\npier", "'Boat'"),
         ("water\npier\n\nViel Erfolg", "'Viel Erfolg'"),
         ("water\npier\n\nTotal: 2", "'Total: 2'"),

@@ -151,8 +151,10 @@ def _of_lines(text: str) -> list[str]:
         for match in bulleted:
             if len(match[1]) >= len(bulleted[0][1]) + 2:  # of a word, or a word of a group
                 raise _unclear(match.string.strip())
-            if match[0].strip(" (")[0].isdigit() != bulleted[0][0].strip(" (")[0].isdigit():  # said of what is numbered
-                raise _unclear(match.string.strip())
+        numbered = [match[0].strip(" (")[0].isdigit() for match in bulleted]
+        other = numbered.index(False) if False in numbered else 0
+        if other and True in numbered[other:]:  # said of what is numbered
+            raise _unclear(bulleted[other].string.strip())
     dotted = [line.endswith(".") for line in lines if not _BULLET.match(line)]
     found: list[str] = []
     ended = apart = ""
