@@ -664,7 +664,7 @@ def test_a_run_and_predict_count_the_same_cores(root, tmp_path, monkeypatch):
     run(root, tmp_path / "out", "segment.backbone=scenes", "segment.weights=")
     machines = []
 
-    def spy(net, photos, finish, settings, *, crf, machine):
+    def spy(net, photos, finish, settings, *, crf, range, machine):
         machines.append(machine.workers)
         return iter(())
 

@@ -193,7 +193,7 @@ def _check(run: Context, settings: CACL) -> None:
     images = torch.linspace(-1, 1, 3 * 8 * 8, device=device).view(1, 3, 8, 8)
     cams = torch.full((1, classes, 2, 2), 0.5, device=device, requires_grad=True)
     with evaluating(criterion), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        criterion(images, cams, torch.eye(1, classes))
+        criterion(images, cams, torch.eye(1, classes, device="cpu"))
 
 
 def _run(run: Context, settings: CACL, folder: Path, journal: Journal) -> None:
