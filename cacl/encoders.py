@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cacl._support.checks import kind_of
 from cacl._support.clip_checkpoint import read_clip
+from cacl._support.distributed import find_device
 from cacl._support.files import home
 from cacl._support.surroundings import building
 from cacl.constants import CLIP_MEAN, CLIP_STD
@@ -77,7 +78,7 @@ def load_encoder(
         encoder = CLIPEncoder(_build_clip(read_clip(Path(name), _clip_hashes), name))
     else:
         encoder = CLIPEncoder(_build_clip(_download_clip(name, root), name))
-    return encoder.to(device) if device is not None else encoder
+    return encoder if device is None else encoder.to(find_device(str(device), "device"))
 
 
 class _Frozen(nn.Module, ABC):

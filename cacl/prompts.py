@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from cacl._support.answers import check_text_features
+from cacl._support.answers import check_callable, check_text_features
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
 from cacl._support.names import composed
@@ -110,6 +110,9 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             raise InputTypeError(f"Expected argument `words` to be a mapping, but got {type(words).__name__}.")
         if not words:
             raise expected("words", "a mapping with at least one class", "an empty one")
+        for name in words:
+            if not isinstance(name, str) or not name.strip():
+                raise InputTypeError(f"Expected argument `words` to have class names for keys, but got {name!r}.")
         self._words = {name: check_words(f"words[{name!r}]", list_) for name, list_ in words.items()}
         self._names = {_key(name): name for name in self._words}
         if len(self._names) < len(self._words):
@@ -279,6 +282,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
     check_positive("batch_size", batch_size)
+    check_callable("encoder.encode_text", getattr(encoder, "encode_text", None))
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
     parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
     chunks = [check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]

@@ -12,7 +12,7 @@ import torch
 from conftest import TinyBackbone, TinyEncoder
 from torch import Tensor, nn
 
-from cacl import BackgroundSet, CACLLoss, CAMNet, PromptSet, pipeline, present_pairs, split_regions
+from cacl import BackgroundSet, CACLLoss, CAMNet, PromptSet, load_encoder, pipeline, present_pairs, split_regions
 from cacl._support.answers import check_given, check_terms
 from cacl.config import Config
 from cacl.crf import dense_crf
@@ -178,6 +178,15 @@ def test_statistics_may_be_any_three_numbers(make):
 )
 def test_texts_of_another_type(settings, text):
     assert text in said(lambda: CACLLoss(TinyEncoder(), NAMES, **settings), TypeError)
+
+
+def test_other_values_at_the_doors_of_texts_and_encoders():
+    with pytest.raises(TypeError, match=r"`words` to have class names for keys, but got 1"):
+        BackgroundSet({1: ["water"]})
+    with pytest.raises(TypeError, match=r"`encoder.encode_text` to be callable, but got NoneType"):
+        PromptSet().encode(None, ["boat"])
+    with pytest.raises(ValueError, match=r"device: expected a device of this machine, but got 'gpu'"):
+        load_encoder("scenes", device="gpu")
 
 
 def test_a_class_or_a_name_in_place_of_an_object():
