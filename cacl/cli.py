@@ -138,7 +138,8 @@ def _predict(options: argparse.Namespace) -> int:
     names = ", ".join(f"{k} {shown(name)}" for k, name in enumerate(made.classes, start=1))
     print(f"mask values: 0 background, {names}")
     count = len(made.masks)
-    no_photos = f"; {len(made.others)} other files, such as {shown(made.others[0].name)}" if made.others else ""
+    files = f"other file{'' if len(made.others) == 1 else 's'}"
+    no_photos = f"; {len(made.others)} {files}, such as {shown(made.others[0].name)}" if made.others else ""
     print(f"{count} mask{'' if count == 1 else 's'} in {options.out}, {len(made.problems)} left out{no_photos}")
     return 2 if made.problems else 0
 
