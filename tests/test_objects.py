@@ -480,7 +480,8 @@ def test_backbones_in_half_precision_under_autocast():
     for make in (lambda b: CAMNet(2, backbone=b), lambda b: DeepLabV2(2, backbone=b), IRNet):
         with torch.autocast("cpu", torch.bfloat16):
             make(Shaped(Tensor.bfloat16)).eval()(images)
-    CAMNet(2, backbone=Shaped(Tensor.bfloat16)).bfloat16()(images.bfloat16())
+    out = CAMNet(2, backbone=Shaped(Tensor.bfloat16)).bfloat16()(images.bfloat16())
+    assert (out.cams.dtype, out.cams.shape) == (torch.bfloat16, (1, 2, 4, 4))
 
 
 def test_masks_of_classes_that_there_are_not():
