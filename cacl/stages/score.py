@@ -13,8 +13,8 @@ from cacl.log import Record
 from cacl.metrics import mean_iou
 
 
-class Oracle(NamedTuple):
-    """The best background score, which nobody knows who has no masks."""
+class Point(NamedTuple):
+    """A background score, and what it gives."""
 
     background_score: float
     miou: float | None
@@ -33,7 +33,12 @@ class Score:
     images: int
     crf: bool = False
     background_score: float | None = None
-    oracle: Oracle | None = None
+    auto: bool = False
+    """Whether the background score was chosen by the values of the CAMs alone."""
+    fixed: Point | None = None
+    """At the background score that the field compares at."""
+    oracle: Point | None = None
+    """At the best background score, which nobody knows who has no masks."""
     walk: Score | None = None
     """What it was before its last step."""
     split: str = ""
@@ -49,13 +54,15 @@ class Score:
         *,
         crf: bool = False,
         background_score: float | None = None,
-        oracle: Oracle | None = None,
+        auto: bool = False,
+        fixed: Point | None = None,
+        oracle: Point | None = None,
         walk: Score | None = None,
     ) -> Score:
         """From the IoU of background and classes, NaN for what does not occur."""
         named = zip(("background", *classes), iou.tolist(), strict=True)
         known = {name: round(value, 6) for name, value in named if value == value}
-        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, oracle, walk)
+        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, auto, fixed, oracle, walk)
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Score:
@@ -70,11 +77,12 @@ class Score:
             raise TypeError("expected numbers")
         score = cls(
             str(record["what"]), record["miou"], iou, record["images"], bool(record["crf"]),
-            record.get("background_score"), _oracle(record), split=str(record.get("split", "")),
+            record.get("background_score"), record.get("auto") is True, _point(record, "fixed"),
+            _point(record, "oracle"), split=str(record.get("split", "")),
         )  # fmt: skip
         if walk:
             before = replace(
-                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_oracle(walk)
+                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_point(walk, "oracle")
             )
             score = replace(score, walk=before)
         str(score)
@@ -82,10 +90,12 @@ class Score:
 
     def record(self) -> Record:
         """As it stands in ``metrics.json``."""
-        record: Record = {"what": self.what, "background_score": self.background_score, "crf": self.crf}
+        record: Record = {"what": self.what, "background_score": self.background_score, "auto": self.auto or None}
+        record["crf"] = self.crf
         record |= {"images": self.images, "miou": self.miou, "iou": dict(self.iou)}
         if self.walk is not None:
             record["walk"] = {"miou": self.walk.miou, "oracle": self.walk.oracle and self.walk.oracle._asdict()}
+        record["fixed"] = self.fixed and self.fixed._asdict()
         record["oracle"] = self.oracle and self.oracle._asdict()
         record["split"] = self.split
         return {key: value for key, value in record.items() if value is not None or key == "miou"}
@@ -93,7 +103,8 @@ class Score:
     @property
     def settings(self) -> str:
         """How the masks were made."""
-        score = "" if self.background_score is None else f"background score {self.background_score:g}, "
+        by_itself = " (auto)" * self.auto
+        score = "" if self.background_score is None else f"background score {self.background_score:g}{by_itself}, "
         return f"{score}{'CRF' if self.crf else 'no CRF'}"
 
     @property
@@ -103,11 +114,14 @@ class Score:
 
     def __str__(self) -> str:
         """In one line."""
-        score = "" if self.background_score is None else f", background score {self.background_score}"
+        by_itself = " (auto)" * self.auto
+        score = "" if self.background_score is None else f", background score {self.background_score}{by_itself}"
         line = f"{self.what} mIoU {_percent(self.miou)} ({self.split}, {self.images} images{score}"
         line += ", CRF" if self.crf else ", no CRF"
         if self.walk:
             line += f"; the {self.walk.what} {_percent(self.walk.miou)}"
+        if self.fixed and self.fixed.background_score != self.background_score:
+            line += f"; fixed {_percent(self.fixed.miou)} at {self.fixed.background_score}"
         if oracle := self.oracle or (self.walk and self.walk.oracle):
             line += f"; oracle {_percent(oracle.miou)} at {oracle.background_score}"
         return line + ")"
@@ -122,6 +136,6 @@ def _percent(miou: float | None) -> str:
     return "of no pixel" if miou is None else f"{100 * miou:.1f} %"
 
 
-def _oracle(record: Mapping[str, Any]) -> Oracle | None:
-    oracle = record.get("oracle")
-    return Oracle(oracle["background_score"], oracle["miou"]) if oracle else None
+def _point(record: Mapping[str, Any], name: str) -> Point | None:
+    point = record.get(name)
+    return Point(point["background_score"], point["miou"]) if point else None

@@ -128,6 +128,8 @@ class Stage(Generic[S]):
     """The stages whose results it reads; they come before it in the chain, or others that stand for them."""
     also_needs: Callable[[S], Sequence[str]] = lambda settings: ()
     """The stages that it needs with some settings only."""
+    on_demand: bool = False
+    """Whether it is only done where a later stage needs it, or when it is asked for by its name."""
     title: str = ""
     """What people call it."""
     files: tuple[str, ...] = ()
