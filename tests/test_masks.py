@@ -237,10 +237,10 @@ def test_what_is_wrong_with_an_image_names_it(dataset, cams, tmp_path):
     save_cams(cams / "4.npz", ImageCAMs(np.array([1]), maps))
     with pytest.raises(ValueError, match=r"cams/4.npz: expected maps that are finite and not negative$"):
         make_labels(dataset, cams, tmp_path / "labels")
+    settings = IRN(foreground_score=0.3, background_score=0.1, bilateral=(1e-4, 1e-4, 1.0))
     with pytest.raises(
         ValueError, match=r"images/0.png: Expected argument `bilateral` to be wider for an image of 64×48"
     ):
-        settings = IRN(foreground_score=0.3, background_score=0.1, bilateral=(1e-4, 1e-4, 1.0))
         make_labels(dataset, cams, tmp_path / "labels", settings, machine=Machine(crf="torch"))
 
 

@@ -29,7 +29,7 @@ from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
 from cacl.mining import mine_labels, refine_maps
 from cacl.settings import CRF, CAMNetwork, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
-from cacl.stages.cams import own_scores, save_model
+from cacl.stages.cams import CAMs, own_scores, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import fit
@@ -272,11 +272,12 @@ def _run(run: Context, settings: IRN, folder: Path, journal: Journal) -> None:
 
 def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     cams = run.folder("cams") / "train"
-    score = own_scores(dataset, cams).low
+    chosen = run.table(CAMs).background_score
+    score = own_scores(dataset, cams).low if chosen == "auto" else chosen
     matrix, images = evaluate_refined(dataset, cams, settings, background_score=score, machine=run.machine)
     crf = settings.iterations > 0
     what = "CAM + CRF" if crf else "CAM"
-    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=True)
+    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=chosen == "auto")
 
 
 def _depends(run: Context, settings: IRN) -> tuple[object, ...]:
@@ -296,4 +297,5 @@ STAGE = Stage(
     version=2,
     scored_on="train",
     score=_score,
+    score_depends=lambda run, settings: (run.table(CAMs).background_score,),
 )
