@@ -22,12 +22,14 @@ from cacl.camnet import CAMNet
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
 from cacl.errors import expected
+from cacl.images import Mask
 from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Sweep, count_scores, sweep_of
+from cacl.pictures import threshold
 from cacl.settings import Factor, Machine, Switch, Table
 from cacl.stages.score import Oracle, Score, rounded
-from cacl.stages.stage import Context, Stage
+from cacl.stages.stage import Context, Judged, Stage
 
 
 class CAMs(Table):
@@ -162,6 +164,17 @@ def _score(run: Context, settings: CAMs, dataset: Dataset) -> Score:
     return cam_score(run, run.folder("cams") / "train", dataset)
 
 
+def _judged(run: Context, settings: CAMs, dataset: Dataset) -> Judged:
+    folder = run.folder("cams") / "train"
+
+    def mask(index: int) -> Mask:
+        cams = cams_of(dataset, folder, index)
+        height, width = cams.maps.shape[1:]
+        return threshold(cams.classes, cams.resized((4 * height, 4 * width)), BACKGROUND_SCORE)
+
+    return Judged("CAM", mask, BACKGROUND_SCORE)
+
+
 STAGE = Stage(
     "cams",
     CAMs,
@@ -171,5 +184,6 @@ STAGE = Stage(
     files=("train",),
     scored_on="train",
     score=_score,
+    judged=_judged,
     shown="CAM of the training images",
 )

@@ -25,7 +25,7 @@ from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
 from cacl.stages.cams import cam_score
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
 from cacl.stages.score import Score
-from cacl.stages.stage import Context, Stage
+from cacl.stages.stage import Context, Judged, Stage
 
 
 class Walk(Table):
@@ -144,6 +144,11 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     )  # fmt: skip
 
 
+def _judged(run: Context, settings: Masks, dataset: Dataset) -> Judged:
+    score = round(settings.background_score, 6)
+    return Judged("pseudo masks", run.folder("masks") / "train", score, settings.iterations > 0)
+
+
 STAGE = Stage(
     "masks",
     Masks,
@@ -155,4 +160,5 @@ STAGE = Stage(
     check=lambda run, settings: check_backend(run.machine.crf),
     scored_on="train",
     score=_score,
+    judged=_judged,
 )
