@@ -246,7 +246,7 @@ def test_a_run_that_has_only_begun_has_a_report(world, tmp_path):
     assert "There is no mean IoU" in reader.text
 
 
-def test_data_without_masks_has_a_report_without_numbers(tmp_path):
+def test_data_without_masks_has_a_report_without_a_mean_iou(tmp_path):
     root = write_csv(tmp_path / "data")
     (root / "dataset.csv").write_text(re.sub(r"masks/\d\.png", "", (root / "dataset.csv").read_text()))
     out = run(root, tmp_path / "out", "data.eval=")

@@ -124,8 +124,10 @@ class Score:
         """In one line."""
         score = "" if self.background_score is None else f", background score {self.background_score}"
         known = "" if self.judged is None else f"agreement {self.agreement:.3f}"
-        if not self.measured and self.judged is not None:
+        if self.judged is not None and not self.measured:
             return f"{self.what}, without masks: {known} ({self.split}, {self.judged.images} images{score})"
+        if self.judged is not None and self.judged.images != self.images:
+            known += f" of {self.judged.images} images"
         line = f"{self.what} mIoU {_percent(self.miou)} ({self.split}, {self.images} images{score}"
         line += ", CRF" if self.crf else ", no CRF"
         if self.walk:
