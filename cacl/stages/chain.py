@@ -41,7 +41,7 @@ def check_chain(chain: Sequence[Stage[Any]]) -> Chain:
             )
         if (stage.score is None and stage.judged is None) != (stage.scored_on is None):
             raise InputError(
-                f"Expected argument `chain`: {stage.name!r} to have both, `score` and `scored_on`, or none."
+                f"Expected argument `chain`: {stage.name!r} to have `scored_on` with `score` or `judged`, or none."
             )
         for need in stage.needs:
             if need not in known:
