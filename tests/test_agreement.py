@@ -130,6 +130,9 @@ def test_images_add_up_and_their_size_does_not_matter(encoder, batch):
     assert torch.allclose(rows, larger, atol=1e-5)
     larger = judge(images, masks.repeat_interleave(2, 1).repeat_interleave(2, 2), labels.bool())
     assert torch.allclose(rows, larger, atol=1e-5)
+    centres = torch.zeros(4, 96, 96, dtype=torch.uint8)  # of blocks of 3 by 3, whose other pixels nobody looks at
+    centres[:, 1::3, 1::3] = masks
+    assert torch.allclose(rows, judge(images, centres, labels), atol=1e-5)
     assert torch.allclose(judge(images, masks.long(), labels.float()), rows)
     half = judge(images.half(), masks, labels)
     assert half.dtype == torch.float32
