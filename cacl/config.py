@@ -21,7 +21,7 @@ from cacl.stages.chain import CHAIN, Chain, check_chain
 from cacl.stages.predict import Predict
 from cacl.stages.stage import Stage
 
-PRESETS = ("voc", "coco", "scenes")
+PRESETS = ("voc", "coco", "own", "scenes")
 _ASSETS = Path(__file__).with_name("assets")
 
 T = TypeVar("T", bound=Table)

@@ -12,9 +12,10 @@ from torch import Tensor
 from cacl._support.checks import as_array, as_indices, check_positive
 from cacl.constants import IGNORE
 from cacl.errors import InputError, InputTypeError, expected
+from cacl.thresholds import BINS, count_maxima, split_scores
 
-SCORES = tuple(round(0.01 * i, 2) for i in range(61))
-"""The background scores of the sweep: 0.00, 0.01, … 0.60."""
+SCORES = tuple(round(0.01 * i, 2) for i in range(100))
+"""The background scores of the sweep: 0.00, 0.01, … 0.99."""
 
 
 class ConfusionMatrix:
@@ -85,6 +86,8 @@ class Sweep(NamedTuple):
     iou: NDArray[np.float64]
     """``(S, K + 1)``."""
     images: int
+    auto: float
+    """The score that the CAMs ask for by their values alone (:func:`cacl.thresholds.split_scores`, its middle)."""
 
     def miou(self, score: float) -> float:
         """Mean IoU at one of ``scores``."""
@@ -121,7 +124,17 @@ def threshold_sweep(
     """
     check_positive("num_classes", num_classes)
     edges = as_array("scores", scores, "(S,)", numbers=True).tolist()
-    return sweep_of(*count_scores(samples, num_classes, scores=edges), edges)
+    return sweep_of(count_scores(samples, num_classes, scores=edges), edges)
+
+
+class Counts(NamedTuple):
+    """What :func:`count_scores` counts."""
+
+    pixels: NDArray[np.int64]
+    """``(K + 1, K + 1, S + 1)``, by their truth, the class of their largest map, and the number of scores below it."""
+    maxima: NDArray[np.int64]
+    """``(BINS,)``, of :func:`cacl.thresholds.count_maxima`."""
+    images: int
 
 
 def count_scores(
@@ -129,15 +142,14 @@ def count_scores(
     num_classes: int,
     *,
     scores: Sequence[float] = SCORES,
-) -> tuple[NDArray[np.int64], int]:
-    """What :func:`threshold_sweep` counts, arguments as there: pixels ``(K + 1, K + 1, S + 1)`` by their truth, the
-    class of their largest map, and the number of scores below it; and images. Counts of several parts add up."""
+) -> Counts:
+    """What :func:`threshold_sweep` counts, arguments as there. Counts of several parts add up."""
     edges = np.asarray(scores, dtype=np.float32)
     if edges.ndim != 1 or not len(edges) or not np.isfinite(edges).all() or np.any(np.diff(edges) <= 0):
         raise expected("scores", "ascending background scores", scores)
     size, bins = num_classes + 1, len(edges) + 1
     joint = np.zeros(size * size * bins, dtype=np.int64)  # truth × class of the largest map × scores below it
-    images = 0
+    maxima, images = np.zeros(BINS, dtype=np.int64), 0
     for sample in samples:
         if not isinstance(sample, tuple | list) or len(sample) != 3:
             raise InputTypeError(
@@ -163,18 +175,19 @@ def count_scores(
         else:
             chosen = passed = np.zeros_like(values)
         joint += np.bincount((values * size + chosen) * bins + passed, minlength=len(joint))
+        maxima += count_maxima(maps)
         images += 1
-    return joint.reshape(size, size, bins), images
+    return Counts(joint.reshape(size, size, bins), maxima, images)
 
 
-def sweep_of(counts: NDArray[np.int64], images: int, scores: Sequence[float]) -> Sweep:
+def sweep_of(counts: Counts, scores: Sequence[float]) -> Sweep:
     """The sweep of :func:`count_scores`' counts."""
-    iou = []
+    iou, pixels = [], counts.pixels
     for i in range(len(scores)):
-        above = counts[:, :, i + 1 :].sum(-1)
-        above[:, 0] += counts[:, :, : i + 1].sum((1, 2))
+        above = pixels[:, :, i + 1 :].sum(-1)
+        above[:, 0] += pixels[:, :, : i + 1].sum((1, 2))
         iou.append(_iou(above))
-    return Sweep(tuple(scores), np.stack(iou), images)
+    return Sweep(tuple(scores), np.stack(iou), counts.images, split_scores(counts.maxima).middle)
 
 
 def _iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:

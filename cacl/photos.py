@@ -100,6 +100,7 @@ def segment_photos(
     settings: Photos = Photos(),
     *,
     crf: bool = True,
+    labels: Sequence[Sequence[int]] | None = None,
     range: Range | None = None,
     machine: Machine = Machine(),
     desc: str = "predict",
@@ -116,6 +117,7 @@ def segment_photos(
             ``(H, W)`` at the photo's own size: 0, or class + 1. It can be pickled, as can what it returns.
         settings: how large photos are seen, and the CRF.
         crf: draw the masks to the edges of the photo.
+        labels: the class indices that each photo may show beside the background; all of them if None.
         range: what the values of deep photos span (see :func:`cacl.images.read_image`); by their type if None.
         machine: where ``net`` is; with 0 or 1 workers everything happens in this process.
         desc: title of the progress bar.
@@ -124,7 +126,7 @@ def segment_photos(
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
     arguments = settings.arguments(machine) if crf and settings.iterations else None
-    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments)
+    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments, labels)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(machine.device).type == "cpu":
         indices = [index for index, _ in enumerate(photos)]  # `range` is another here
@@ -176,15 +178,18 @@ class _Finishing(Generic[R]):
 
     finish: Callable[[int, Pixels, Mask], R]
     crf: CRFArguments | None
+    labels: Sequence[Sequence[int]] | None
 
     def __call__(self, item: tuple[int, _Logits | InputError]) -> tuple[int, R | InputError]:
         index, logits = item
         if isinstance(logits, InputError):
             return index, logits
-        photo = logits.photo
-        return index, self.finish(
-            index, photo.pixels, mask_of(torch.from_numpy(logits.values), photo.pixels, photo.size, self.crf)
-        )
+        photo, values = logits.photo, torch.from_numpy(logits.values)
+        if self.labels is None:
+            return index, self.finish(index, photo.pixels, mask_of(values, photo.pixels, photo.size, self.crf))
+        known = [0, *(label + 1 for label in sorted(self.labels[index]))]
+        mask = mask_of(values[known], photo.pixels, photo.size, self.crf)
+        return index, self.finish(index, photo.pixels, np.array(known, dtype=np.uint8)[mask])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from cacl.runs.folder import State
 from cacl.runs.results import Result
 from cacl.runs.session import NotDrawnError, Session
 from cacl.settings import Report, Training
-from cacl.stages.chain import CHAIN, Chain, check_chain
+from cacl.stages.chain import CHAIN, Chain, check_chain, needed
 from cacl.stages.contrast import Criterion
 from cacl.stages.stage import Context, Stage
 from cacl.training import Loop
@@ -67,7 +67,8 @@ def run(
         criterion: instead of CA-CL's loss: ``(images, cams, labels)`` -> a NamedTuple with a ``total`` (see
             :func:`cacl.stages.contrast.train_cacl`). A module's state is as before when it has been trained with.
         chain: the stages, each with its table; :data:`cacl.stages.chain.CHAIN` with some taken out, put in or replaced.
-        stages: which stages, all by default; those that they need must be finished.
+        stages: which stages; those that they need must be finished. By default all but those on demand that no other
+            needs, such as ``irn`` where ``[masks] affinity`` is another.
         resume: go on from what the run folder holds; False does the stages again.
         callback: gets every record of ``log.jsonl`` as it is written, in every process.
 
@@ -84,7 +85,7 @@ def run(
         check_callable("callback", callback)
     config = _configuration(config, chain)
     session = Session(config, encoder, backbone, criterion, chain=_whole(config))
-    wanted = _wanted(session.chain, stages)
+    wanted = _wanted(session, stages)
     device = local_device(config.run.device, "[run] device")
     with defaults_of(device), process_group(device, config.run.timeout_seconds), locked(config.run.out):
         try:
@@ -122,7 +123,7 @@ def plan(
     """
     config = _configuration(config, chain)
     session = Session(config, encoder, backbone, criterion, chain=_whole(config), planning=True)
-    wanted = _wanted(session.chain, stages)
+    wanted = _wanted(session, stages)
     lines = []
     for stage, word, missing in _walk(session, wanted, resume=resume):
         lines.append(f"{stage.name}: {f'needs {missing}' if missing else word}")
@@ -163,11 +164,13 @@ def _configuration(config: Config | str | PathLike[str], chain: Chain) -> Config
     return config
 
 
-def _wanted(every: Chain, stages: Sequence[str] | None) -> Chain:
-    names = [stage.name for stage in every]
-    for name in stages or ():
+def _wanted(session: Session, stages: Sequence[str] | None) -> Chain:
+    if stages is None:
+        return needed(session.chain, session.settings)
+    names = [stage.name for stage in session.chain]
+    for name in stages:
         check_choice("stages", name, names)
-    return tuple(stage for stage in every if stages is None or stage.name in stages)
+    return tuple(stage for stage in session.chain if stage.name in stages)
 
 
 def _whole(config: Config) -> Chain:
@@ -186,7 +189,7 @@ def _whole(config: Config) -> Chain:
     def check_crf(run: Context, settings: Report) -> object:
         return check_backend(run.machine.crf)
 
-    names = tuple(stage.name for stage in config.chain)
+    names = tuple(stage.name for stage in needed(config.chain, lambda stage: getattr(config, stage.name)))
     return (*config.chain, Stage("report", Report, run=write, needs=names, depends=depends, check=check_crf))
 
 

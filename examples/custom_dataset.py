@@ -67,17 +67,13 @@ def main() -> None:
         BackgroundSet(answers)  # refuses words that are classes
         words.write_text(json.dumps(answers, indent=2), encoding="utf-8")
 
-    # 4. The paper's settings, our data.
-    settings = {
-        "run.out": args.out,
-        "data.format": "csv",
-        "data.root": args.photos,
-        "data.eval": "",
-        "backgrounds.file": words,
-    }
-    config = Config.load("voc", [*(f"{key}={value}" for key, value in settings.items()), "data.train=train", *args.set])
+    # 4. The settings for one's own photos: without a mask there is nothing to tune, and nothing that has to be.
+    settings = {"run.out": args.out, "data.root": args.photos, "backgrounds.file": words}
+    config = Config.load("own", [*(f"{key}={value}" for key, value in settings.items()), *args.set])
     result = pipeline.run(config)
-    print(f"CAMs: {result.out / 'cams' / 'train'}")
+    print(result.summary())
+    print(f"masks of the photos: {result.out / 'masks' / 'train'}")
+    print(f"a segmenter for others: cacl predict {result.out} MORE_PHOTOS --out MASKS")
 
 
 if __name__ == "__main__":  # loader processes may import this file

@@ -347,7 +347,7 @@ def test_a_stage_from_outside_gets_it_with_a_word(blind):
     root, result = blind
     copies = Stage(
         "copies", Copies, run=copy_masks, files=("train",), scored_on="train",
-        judged=lambda run, settings, dataset: Judged("copies", run.folder("copies") / "train"),
+        judged=lambda run, settings, dataset, known: Judged("copies", run.folder("copies") / "train"),
     )  # fmt: skip
     out = result.out.with_name("copies")
     settings = [x for x in SETTINGS if x.startswith(("data", "run"))]

@@ -193,7 +193,7 @@ def test_public_names_and_signatures():
 
 
 def test_stage_names_and_signatures():
-    known = Defaults(chain=repr(CHAIN), scores=", ".join(str(i / 100) for i in range(61)))
+    known = Defaults(chain=repr(CHAIN), scores=", ".join(str(i / 100) for i in range(100)))
     for written in re.sub(r"\n +", " ", STAGES).strip().splitlines():
         line = written.format_map(known)
         module, _, path = written.partition("(")[0].partition(".")

@@ -97,7 +97,7 @@ def test_a_checkpoint_beside_the_file_is_found(tmp_path):
         (BASE + "[cams]\nscales = []", r"\[cams\] scales: "),
         (BASE + '[run]\nout = "."', r"config.toml: \[run\] out: expected another folder"),
         ('base = "voc"', r"config.toml: \[data\] root: missing$"),
-        ('base = "vok"', r"config.toml: base: expected a preset \(voc, coco, scenes\), but got 'vok'$"),
+        ('base = "vok"', r"config.toml: base: expected a preset \(voc, coco, own, scenes\), but got 'vok'$"),
         ("[data\n", r"config.toml: expected a TOML file, but"),
         (BASE + "[run]\nseed = 1\nseed = 2\n", r"config.toml: expected a TOML file, but"),
         (BASE + '[run]\ndevices = "cpu"', r'\[run\] devices: unknown key; did you mean "device"\?'),
@@ -112,7 +112,7 @@ def test_mistakes(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        ("vcc", [], r"vcc: no such file and no preset \(voc, coco, scenes\)"),
+        ("vcc", [], r"vcc: no such file and no preset \(voc, coco, own, scenes\)"),
         ("none.toml", [], r"none.toml: no such file$"),
         ("voc", ["epochs=3"], "Expected an override like cacl.epochs=3, but got 'epochs=3'."),
         ("voc", ["data.root=x", "cacl.epoch=3"], r'voc: \[cacl\] epoch: unknown key; did you mean "epochs"'),

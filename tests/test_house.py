@@ -22,8 +22,8 @@ PACKAGE = Path(cacl.__file__).parent
 # Each floor may import from itself and from those before it; what stands in no floor fails.
 FLOORS = [
     "constants errors _support",
-    "prompts selector regions losses criterion agreement camnet encoders backbones embedded crf random_walk irn mining "
-    "deeplab metrics",
+    "thresholds prompts selector regions losses criterion agreement camnet encoders backbones embedded crf random_walk "
+    "irn mining deeplab metrics",
     "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",
@@ -162,7 +162,9 @@ def test_no_room_is_too_full():
     [
         (crf.dense_crf, CRF()),
         (crf.DenseCRF, CRF()),
-        (mining.mine_labels, IRN()),
+        (mining.mine_labels, IRN(foreground_score=0.3, background_score=0.1)),
+        (mining.pseudo_mask, Masks()),
+        (mining.refine_maps, Masks()),
         (mining.crf_labels, IRN()),
         (irn.affinity_loss, IRN()),
         (random_walk.propagate, Masks()),

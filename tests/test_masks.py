@@ -19,7 +19,7 @@ from cacl.metrics import ConfusionMatrix
 from cacl.mining import mine_labels
 from cacl.random_walk import propagate
 from cacl.settings import Machine
-from cacl.stages.cams import evaluate_cams
+from cacl.stages.cams import evaluate_cams, own_scores
 from cacl.stages.irn import IRN, evaluate_refined, make_labels, refine_cams, train_irnet
 from cacl.stages.masks import Masks, Walk, make_masks, walk, walk_cams
 from cacl.transforms import normalize
@@ -49,15 +49,29 @@ def net() -> IRNet:
         return IRNet("scenes")
 
 
-def test_mined_labels_are_written_as_pictures(dataset, cams, tmp_path):
-    make_labels(dataset, cams, tmp_path / "labels")
+@pytest.mark.parametrize(
+    ("settings", "scores"),
+    [
+        (IRN(foreground_score=0.3, background_score=0.1), (0.1, 0.3)),
+        (IRN(), None),
+        (IRN(background_score=0.6), (0.6, 0.6)),
+        (IRN(foreground_score=0.2), (0.2, 0.2)),
+    ],
+)
+def test_mined_labels_are_written_as_pictures(dataset, cams, tmp_path, settings, scores):
+    make_labels(dataset, cams, tmp_path / "labels", settings)
+    own = own_scores(dataset, cams)
+    low, high = scores or (own.low, own.high)
     for i, entry in enumerate(dataset.entries):
         with Image.open(tmp_path / f"labels/{entry.id}.png") as file:
             assert file.mode == "P"
             assert np.array_equal(np.array(file.getpalette()).reshape(-1, 3), VOC_COLOURS)
             found = load_cams(cams / f"{entry.id}.npz", 2)
             photo = dataset.image(i).permute(1, 2, 0).numpy()
-            assert np.array_equal(np.array(file), mine_labels(photo, found.classes, found.maps))
+            mined = mine_labels(
+                photo, found.classes, found.maps, foreground_score=high, background_score=low
+            )  # fmt: skip
+            assert np.array_equal(np.array(file), mined)
     assert {path.name for path in (tmp_path / "labels").iterdir()} == {f"{i}.png" for i in range(6)}
 
 
@@ -223,10 +237,11 @@ def test_what_is_wrong_with_an_image_names_it(dataset, cams, tmp_path):
     save_cams(cams / "4.npz", ImageCAMs(np.array([1]), maps))
     with pytest.raises(ValueError, match=r"cams/4.npz: expected maps that are finite and not negative$"):
         make_labels(dataset, cams, tmp_path / "labels")
+    settings = IRN(foreground_score=0.3, background_score=0.1, bilateral=(1e-4, 1e-4, 1.0))
     with pytest.raises(
         ValueError, match=r"images/0.png: Expected argument `bilateral` to be wider for an image of 64×48"
     ):
-        make_labels(dataset, cams, tmp_path / "labels", IRN(bilateral=(1e-4, 1e-4, 1.0)), machine=Machine(crf="torch"))
+        make_labels(dataset, cams, tmp_path / "labels", settings, machine=Machine(crf="torch"))
 
 
 def test_own_reading_of_images_is_used(dataset, cams, tmp_path):

@@ -10,12 +10,14 @@ from drawn import write_csv
 from PIL import Image
 from torch.nn import functional as F
 
+from cacl.artifacts import save_mask
 from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
+from cacl.images import read_mask
 from cacl.metrics import ConfusionMatrix
 from cacl.photos import Photos, load_segmenter, mask_of, save_segmenter, segment_photos
 from cacl.settings import Machine
-from cacl.stages.predict import evaluate_segmenter, make_predictions
+from cacl.stages.predict import evaluate_segmenter, make_predictions, relabel
 from cacl.stages.segment import Segment, train_segmenter
 from cacl.transforms import normalize
 
@@ -185,3 +187,23 @@ def test_predictions_and_their_score(tmp_path, net, dataset):
     dataset.entries[0].image.write_text("broken")
     with pytest.raises(ValueError, match=r"images/0.png: not an image that decodes"):
         make_predictions(net, dataset, out, NO_CRF)
+
+
+def test_images_are_labelled_anew_with_their_own_labels_only(dataset, tmp_path, net):
+    """Against the network's probabilities, those of other classes taken away."""
+    relabel(net, dataset, tmp_path / "new", NO_CRF)
+    seen = set()
+    for i, entry in enumerate(dataset.entries):
+        values = net.predict(normalize(dataset.image(i))[None])[0]
+        others = [k + 1 for k in range(2) if k not in entry.labels]
+        values[others] = -1
+        made = read_mask(tmp_path / f"new/{entry.id}.png").numpy()
+        assert np.array_equal(made, values.argmax(0).numpy())
+        seen |= set(np.unique(made).tolist())
+    assert seen == {0, 1, 2}
+    relabel(net, dataset, tmp_path / "two", NO_CRF, machine=Machine(workers=2))
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    save_mask(tmp_path / "new/2.png", np.full((48, 64), 9, np.uint8))
+    relabel(net, dataset, tmp_path / "new", NO_CRF, keep=True)
+    assert (read_mask(tmp_path / "new/2.png") == 9).all()

@@ -122,7 +122,8 @@ def agreement_galleries(session: Session) -> Iterator[tuple[str, Gallery, Galler
         if stage.judged is None or dataset is None or dataset.masked or not photos:
             continue
         with session.at(stage):
-            given = stage.judged(session, session.settings(stage), dataset)
+            score = session.files.scores()[stage.name].background_score
+            given = stage.judged(session, session.settings(stage), dataset, score)
         indices = {entry.id: i for i, entry in enumerate(dataset.entries)}
         known = [(indices[id], agreement) for id, agreement in photos if id in indices]
         count = min(session.table(Report).images, len(known) // 2, 4)

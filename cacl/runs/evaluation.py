@@ -45,7 +45,8 @@ def evaluate(session: Session, stage: Stage[Any]) -> None:
     with session.at(stage):
         score = stage.score(session, settings, dataset) if scored and stage.score is not None else None
         if words is not None and stage.judged is not None:
-            given = stage.judged(session, settings, dataset)
+            known = None if score is None else score.background_score
+            given = stage.judged(session, settings, dataset, known)
             found = evaluate_agreement(_judge(session, words), dataset, given.masks, machine=session.machine)
             score = replace(score or _unmeasured(given), judged=found.whole)
             photos = [(dataset.entries[i].id, total) for i, total in _worst_first(found)]
@@ -80,7 +81,7 @@ def _judge(session: Session, words: BackgroundSet) -> MaskJudge:
 
 
 def _unmeasured(given: Judged) -> Score:
-    return Score(given.what, None, {}, 0, crf=given.crf, background_score=given.background_score)
+    return Score(given.what, None, {}, 0, crf=given.crf, background_score=given.background_score, auto=given.auto)
 
 
 def _worst_first(found: Agreements) -> list[tuple[int, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from cacl.errors import expected
 from cacl.images import Mask
 from cacl.loading import load_images
 from cacl.log import Journal
-from cacl.metrics import SCORES, Sweep, count_scores, sweep_of
+from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
-from cacl.settings import Factor, Machine, Switch, Table
-from cacl.stages.score import Oracle, Score, rounded
+from cacl.settings import Factor, Machine, Mark, Share, Switch, Table
+from cacl.stages.score import Point, Score, rounded
 from cacl.stages.stage import Context, Judged, Stage
+from cacl.thresholds import BINS, Scores, count_maxima, split_scores
 
 
 class CAMs(Table):
@@ -39,6 +40,9 @@ class CAMs(Table):
     """Factors of the image's size."""
     flip: Switch = True
     """Add the mirror image's maps."""
+    background_score: Annotated[Share | Literal["auto"], Mark.EVALUATION] = "auto"
+    """A pixel whose largest value is not above this is background where CAMs are scored and shown; ``"auto"`` is what
+    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
 
 
 def make_cams(
@@ -127,9 +131,29 @@ def evaluate_cams(
             yield mask, cams.classes, cams.resized(mask.shape)
 
     with barrier(), naming_dead_loaders():
-        joint, images = count_scores(samples(), num_classes, scores=scores)
-    counts = all_reduce_counts(np.append(joint.reshape(-1), images))
-    return sweep_of(counts[:-1].reshape(joint.shape), int(counts[-1]), scores)
+        own = count_scores(samples(), num_classes, scores=scores)
+    counts = all_reduce_counts(np.concatenate((own.maxima, [own.images], own.pixels.reshape(-1))))
+    pixels = counts[BINS + 1 :].reshape(own.pixels.shape)
+    return sweep_of(Counts(pixels, counts[:BINS], int(counts[BINS])), scores)
+
+
+def own_scores(dataset: Dataset, cams: Path) -> Scores:
+    """The background scores that a folder of CAMs asks for by their values alone: no mask is opened.
+
+    Shared out over processes as :func:`make_cams` is.
+
+    Args:
+        dataset: the images.
+        cams: folder of :func:`make_cams`, or of :func:`cacl.stages.masks.walk_cams`.
+
+    Raises:
+        ValueError: if a file of CAMs is missing or broken.
+    """
+    counts = np.zeros(BINS, dtype=np.int64)
+    with barrier():
+        for index in shard(range(len(dataset))):
+            counts += count_maxima(cams_of(dataset, cams, index).maps)
+    return split_scores(all_reduce_counts(counts))
 
 
 def camnet(run: Context, stage: str | None = None) -> CAMNet:
@@ -144,15 +168,24 @@ def save_model(folder: Path, net: nn.Module) -> None:
 
 
 def cam_score(
-    run: Context, source: CAMNet | Path, dataset: Dataset, background_score: float = BACKGROUND_SCORE
+    run: Context, source: CAMNet | Path, dataset: Dataset, background_score: float | Literal["auto"] | None = None
 ) -> Score:
-    """What CAMs score at a background score, and at the best one."""
-    scores = sorted({*SCORES, background_score})
-    sweep = evaluate_cams(source, dataset, run.table(CAMs), machine=run.machine, scores=scores)
-    best, miou = sweep.oracle
-    iou = sweep.iou[sweep.scores.index(background_score)]
-    oracle = Oracle(best, rounded(miou))
-    return Score.of("CAM", iou, dataset.classes, sweep.images, background_score=background_score, oracle=oracle)
+    """What CAMs score at a background score, by default that of ``[cams]``; at the field's fixed one; at the best."""
+    settings = run.table(CAMs)
+    chosen = settings.background_score if background_score is None else background_score
+    scores = sorted({*SCORES, BACKGROUND_SCORE, *([] if chosen == "auto" else [chosen])})
+    sweep = evaluate_cams(source, dataset, settings, machine=run.machine, scores=scores)
+    used, (best, miou) = sweep.auto if chosen == "auto" else chosen, sweep.oracle
+    return Score.of(
+        "CAM", sweep.iou[sweep.scores.index(used)], dataset.classes, sweep.images, background_score=used,
+        auto=chosen == "auto", fixed=Point(BACKGROUND_SCORE, rounded(sweep.miou(BACKGROUND_SCORE))),
+        oracle=Point(best, rounded(miou)),
+    )  # fmt: skip
+
+
+def cam_score_depends(run: Context, settings: Table) -> tuple[object, ...]:
+    """What :func:`cam_score` of a network follows from."""
+    return run.table(CAMs), run.table(CAMs).background_score
 
 
 def _run(run: Context, settings: CAMs, folder: Path, journal: Journal) -> None:
@@ -164,15 +197,17 @@ def _score(run: Context, settings: CAMs, dataset: Dataset) -> Score:
     return cam_score(run, run.folder("cams") / "train", dataset)
 
 
-def _judged(run: Context, settings: CAMs, dataset: Dataset) -> Judged:
-    folder = run.folder("cams") / "train"
+def _judged(run: Context, settings: CAMs, dataset: Dataset, known: float | None) -> Judged:
+    folder, chosen = run.folder("cams") / "train", settings.background_score
+    if known is None:
+        known = own_scores(dataset, folder).middle if chosen == "auto" else chosen
 
     def mask(index: int) -> Mask:
         cams = cams_of(dataset, folder, index)
         height, width = cams.maps.shape[1:]
-        return threshold(cams.classes, cams.resized((4 * height, 4 * width)), BACKGROUND_SCORE)
+        return threshold(cams.classes, cams.resized((4 * height, 4 * width)), known)
 
-    return Judged("CAM", mask, BACKGROUND_SCORE)
+    return Judged("CAM", mask, known, auto=chosen == "auto")
 
 
 STAGE = Stage(

@@ -6,7 +6,7 @@ One between two others takes the place of the first of them by ``stands_for``: w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cacl._support.checks import check_choice
@@ -52,6 +52,17 @@ def check_chain(chain: Sequence[Stage[Any]]) -> Chain:
     if again := [name for name, count in Counter(stage.name for stage in chain).items() if count > 1]:
         raise InputError(f"Expected argument `chain` to hold stages of different names, but {again[0]!r} stands twice.")
     return tuple(chain)
+
+
+def needed(chain: Sequence[Stage[Any]], settings: Callable[[Stage[Any]], Any]) -> Chain:
+    """The stages of a chain without those on demand that no other needs.
+
+    Args:
+        chain: the stages.
+        settings: stage -> its table.
+    """
+    asked = {name for stage in chain for name in (*stage.needs, *stage.also_needs(settings(stage)))}
+    return tuple(stage for stage in chain if not stage.on_demand or asked & {stage.name, *stage.stands_for})
 
 
 def stage_of(chain: Sequence[Stage[Any]], name: str, at: Stage[Any] | None = None) -> Stage[Any]:

@@ -36,7 +36,7 @@ from cacl.settings import (
     Training,
     Weight,
 )  # fmt: skip
-from cacl.stages.cams import CAMs, cam_score, camnet, save_model
+from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import RESERVED, fit
@@ -260,6 +260,6 @@ STAGE = Stage(
     check=_check,
     scored_on="eval",
     score=_score,
-    score_depends=lambda run, settings: (run.table(CAMs),),
+    score_depends=cam_score_depends,
     shown="CAM after CA-CL",
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,9 @@ from cacl.irn import IRNet, affinity_loss
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
-from cacl.mining import crf_labels, mine_labels
+from cacl.mining import mine_labels, refine_maps
 from cacl.settings import CRF, CAMNetwork, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
-from cacl.stages.cams import save_model
+from cacl.stages.cams import CAMs, own_scores, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import fit
@@ -44,15 +45,16 @@ class IRN(Training, CRF):
     scale: tuple[Weight, Weight] = (0.5, 1.5)
     radius: Radius = 10
     """Pairs of pixels of the stride-4 grid that are less than this apart are looked at."""
-    foreground_score: Share = 0.30
-    """Background score of the CRF that decides what is foreground."""
-    background_score: Share = 0.10
-    """Background score of the CRF that decides what is background."""
+    foreground_score: Share | Literal["auto"] = "auto"
+    """Background score of the CRF that decides what is foreground; 0.30 in IRNet. ``"auto"`` is the higher one of the
+    two that the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
+    background_score: Share | Literal["auto"] = "auto"
+    """Background score of the CRF that decides what is background; 0.10 in IRNet. ``"auto"`` is the lower one."""
 
     @model_validator(mode="after")
     def _in_order(self) -> IRN:
         low, high = self.background_score, self.foreground_score
-        if low > high:
+        if low != "auto" and high != "auto" and low > high:
             raise ValueError(f"background_score: expected at most foreground_score {high}, but got {low}")
         return self
 
@@ -81,24 +83,37 @@ def make_labels(
     Raises:
         ValueError: if a file of CAMs is missing or broken.
     """
-    scores = (settings.background_score, settings.foreground_score)
-    write_labels(dataset, cams, out, scores, settings, machine=machine, keep=keep, desc="label mining")
+    low, high = _scores_of(dataset, cams, settings)
+    mine = partial(mine_labels, foreground_score=high, background_score=low)
+    write_labels(dataset, cams, out, mine, settings, machine=machine, keep=keep, desc="label mining")
+
+
+def _scores_of(dataset: Dataset, cams: Path, settings: IRN) -> tuple[float, float]:
+    """The background scores of background and foreground; of two, what is given wins over what is not."""
+    low, high = settings.background_score, settings.foreground_score
+    if low != "auto" and high != "auto":
+        return low, high
+    own = own_scores(dataset, cams)
+    if low == "auto":
+        high = own.high if high == "auto" else high
+        return min(own.low, high), high
+    return low, max(own.high, low)
 
 
 def write_labels(
     dataset: Dataset,
     cams: Path,
     out: Path,
-    scores: tuple[float, float],
+    labels: Callable[..., Mask],
     crf: CRF,
     *,
     machine: Machine,
     keep: bool,
     desc: str,
 ) -> None:
-    """As :func:`make_labels`, at other background scores: those of background and foreground."""
+    """As :func:`make_labels`, by another function than :func:`cacl.mining.mine_labels` at its two scores."""
     wanted = to_make(dataset, out, ".png", keep=keep)
-    task = _Mining(dataset, cams, out, scores, crf.arguments(machine))
+    task = _Mining(dataset, cams, out, labels, crf.arguments(machine))
     with barrier():
         for _ in _done(task, wanted, machine, desc):
             pass
@@ -207,16 +222,13 @@ class _Mining:
     dataset: Dataset
     cams: Path
     out: Path
-    scores: tuple[float, float]
+    labels: Callable[..., Mask]
     crf: CRFArguments
 
     def __call__(self, index: int) -> None:
         photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
-        low, high = self.scores
         with _naming(self.dataset, index):
-            labels = mine_labels(
-                photo, cams.classes, cams.maps, foreground_score=high, background_score=low, **self.crf
-            )  # fmt: skip
+            labels = self.labels(photo, cams.classes, cams.maps, **self.crf)
         save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
 
 
@@ -232,7 +244,7 @@ class _Refining:
     def __call__(self, index: int) -> Mask:
         photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
         with _naming(self.dataset, index):
-            mask: Mask = crf_labels(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
+            mask: Mask = refine_maps(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
         return mask
 
 
@@ -260,10 +272,12 @@ def _run(run: Context, settings: IRN, folder: Path, journal: Journal) -> None:
 
 def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     cams = run.folder("cams") / "train"
-    matrix, images = evaluate_refined(dataset, cams, settings, machine=run.machine)
+    chosen = run.table(CAMs).background_score
+    score = own_scores(dataset, cams).low if chosen == "auto" else chosen
+    matrix, images = evaluate_refined(dataset, cams, settings, background_score=score, machine=run.machine)
     crf = settings.iterations > 0
     what = "CAM + CRF" if crf else "CAM"
-    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=BACKGROUND_SCORE)
+    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=chosen == "auto")
 
 
 def _depends(run: Context, settings: IRN) -> tuple[object, ...]:
@@ -276,9 +290,12 @@ STAGE = Stage(
     run=_run,
     title="IRNet",
     needs=("cams",),
+    on_demand=True,
     files=("labels",),
     depends=_depends,
     check=lambda run, settings: (check_backend(run.machine.crf), irnet(run)),
+    version=2,
     scored_on="train",
     score=_score,
+    score_depends=lambda run, settings: (run.table(CAMs).background_score,),
 )

@@ -1,10 +1,11 @@
-"""The stage ``masks``: CAMs spread up to IRNet's edges by a random walk, and pseudo masks of them."""
+"""The stage ``masks``: pseudo masks of CAMs, or of what a random walk up to IRNet's edges makes of them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,9 +21,10 @@ from cacl.datasets import Dataset
 from cacl.irn import IRNet
 from cacl.loading import load_images
 from cacl.log import Journal
+from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate
 from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
-from cacl.stages.cams import cam_score
+from cacl.stages.cams import cam_score, own_scores
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
@@ -44,8 +46,12 @@ class Walk(Table):
 class Masks(CRF, Walk):
     """``[masks]``: random walk and pseudo masks."""
 
-    background_score: Share = 0.25
-    """A pixel whose largest value is not above this is background."""
+    affinity: Literal["none", "irn"] = "none"
+    """``"irn"`` trains IRNet, and spreads the CAMs by a random walk up to its edges first; ``"none"`` leaves the edges
+    to the CRF."""
+    background_score: Share | Literal["auto"] = "auto"
+    """A pixel whose largest value is not above this is background; ``"auto"`` is the lower one of the two scores that
+    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
     unsure: Share = 0.05
     """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
 
@@ -107,14 +113,11 @@ def make_masks(
     machine: Machine = Machine(),
     keep: bool = False,
 ) -> None:
-    """Write the pseudo masks of every image, ``<id>.png``, a palette image with VOC's colours.
-
-    A pixel is what it would be at the background score ``background_score + unsure``, or 255 where it would then be
-    background, but not at ``background_score − unsure``.
+    """Write :func:`cacl.mining.pseudo_mask` of every image as ``<id>.png``, a palette image with VOC's colours.
 
     Args:
         dataset: the images and their labels.
-        cams: folder of :func:`walk_cams`.
+        cams: folder of :func:`cacl.stages.cams.make_cams` or :func:`walk_cams`.
         out: folder of the files.
         settings: the score, and the CRF.
         machine: where it is computed; each worker takes one image at a time.
@@ -123,30 +126,46 @@ def make_masks(
     Raises:
         ValueError: if a file of CAMs is missing or broken.
     """
-    score, unsure = settings.background_score, settings.unsure
-    scores = (max(0.0, score - unsure), min(1.0, score + unsure))
-    write_labels(dataset, cams, out, scores, settings, machine=machine, keep=keep, desc="masks")
+    made = partial(pseudo_mask, background_score=_score_of(dataset, cams, settings), unsure=settings.unsure)
+    write_labels(dataset, cams, out, made, settings, machine=machine, keep=keep, desc="masks")
+
+
+def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> float:
+    score = settings.background_score
+    return own_scores(dataset, cams).low if score == "auto" else round(score, 6)
+
+
+def _seeds(run: Context, settings: Masks) -> Path:
+    """What the masks are made of."""
+    walked = settings.affinity == "irn"
+    return run.folder("masks") / "walk" if walked else run.folder("cams") / "train"
 
 
 def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
-    cams = run.folder("cams") / "train"
-    walk_cams(irnet(run, "irn"), run.train, cams, folder / "walk", settings, machine=run.machine, keep=True)
-    make_masks(run.train, folder / "walk", folder / "train", settings, machine=run.machine, keep=True)
+    seeds = _seeds(run, settings)
+    if settings.affinity == "irn":
+        net, cams = irnet(run, "irn"), run.folder("cams") / "train"
+        walk_cams(net, run.train, cams, seeds, settings, machine=run.machine, keep=True)
+    make_masks(run.train, seeds, folder / "train", settings, machine=run.machine, keep=True)
 
 
 def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
-    walked, score = run.folder("masks") / "walk", round(settings.background_score, 6)
-    matrix, images = evaluate_refined(dataset, walked, settings, background_score=score, machine=run.machine)
-    alone = replace(cam_score(run, walked, dataset, score), what="random walk alone")
-    crf = settings.iterations > 0
+    seeds = _seeds(run, settings)
+    score = _score_of(dataset, seeds, settings)
+    matrix, images = evaluate_refined(dataset, seeds, settings, background_score=score, machine=run.machine)
+    alone = None
+    if settings.affinity == "irn":
+        alone = replace(cam_score(run, seeds, dataset, score), what="random walk alone")
     return Score.of(
-        "pseudo masks", matrix.iou, dataset.classes, images, crf=crf, background_score=score, walk=alone
+        "pseudo masks", matrix.iou, dataset.classes, images, crf=settings.iterations > 0, background_score=score,
+        auto=settings.background_score == "auto", walk=alone,
     )  # fmt: skip
 
 
-def _judged(run: Context, settings: Masks, dataset: Dataset) -> Judged:
-    score = round(settings.background_score, 6)
-    return Judged("pseudo masks", run.folder("masks") / "train", score, settings.iterations > 0)
+def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None) -> Judged:
+    score = _score_of(dataset, _seeds(run, settings), settings) if known is None else known
+    crf, auto = settings.iterations > 0, settings.background_score == "auto"
+    return Judged("pseudo masks", run.folder("masks") / "train", score, crf=crf, auto=auto)
 
 
 STAGE = Stage(
@@ -154,7 +173,9 @@ STAGE = Stage(
     Masks,
     run=_run,
     title="pseudo masks",
-    needs=("cams", "irn"),
+    needs=("cams",),
+    also_needs=lambda settings: ("irn",) if settings.affinity == "irn" else (),
+    version=2,
     files=("walk", "train"),
     depends=lambda run, settings: (check_backend(run.machine.crf),),
     check=lambda run, settings: check_backend(run.machine.crf),

@@ -66,6 +66,33 @@ def make_predictions(
                 raise result
 
 
+def relabel(
+    net: DeepLabV2,
+    dataset: Dataset,
+    out: Path,
+    settings: Photos = Photos(),
+    *,
+    machine: Machine = Machine(),
+    keep: bool = False,
+) -> None:
+    """As :func:`make_predictions`, but each image's mask holds the background and the image's own labels only.
+
+    Labels say what is seen, and so a segmenter that was trained on pseudo masks makes better ones of the images that it
+    was trained on.
+    """
+    wanted = to_make(dataset, out, ".png", keep=keep)
+    entries = [dataset.entries[i] for i in wanted]
+    saving = _Saving([out / f"{entry.id}.png" for entry in entries])
+    with barrier(), naming_dead_loaders():
+        results = segment_photos(
+            net, [entry.image for entry in entries], saving, settings, labels=[entry.labels for entry in entries],
+            range=dataset.range, machine=machine, desc="relabel",
+        )  # fmt: skip
+        for _, result in results:
+            if isinstance(result, InputError):
+                raise result
+
+
 def evaluate_segmenter(
     net: DeepLabV2,
     dataset: Dataset,
@@ -150,7 +177,7 @@ STAGE = Stage(
     check=lambda run, settings: check_backend(run.machine.crf),
     scored_on="segmented",
     score=_score,
-    judged=lambda run, settings, dataset: Judged(
+    judged=lambda run, settings, dataset, known: Judged(
         "DeepLabV2", run.folder("predict") / "eval", crf=settings.iterations > 0
     ),
     shown="DeepLabV2{crf}",

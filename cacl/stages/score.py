@@ -14,8 +14,8 @@ from cacl.log import Record
 from cacl.metrics import mean_iou
 
 
-class Oracle(NamedTuple):
-    """The best background score, which nobody knows who has no masks."""
+class Point(NamedTuple):
+    """A background score, and what it gives."""
 
     background_score: float
     miou: float | None
@@ -38,7 +38,12 @@ class Score:
     """That have a mask."""
     crf: bool = False
     background_score: float | None = None
-    oracle: Oracle | None = None
+    auto: bool = False
+    """Whether the background score was chosen by the values of the CAMs alone."""
+    fixed: Point | None = None
+    """At the background score that the field compares at."""
+    oracle: Point | None = None
+    """At the best background score, which nobody knows who has no masks."""
     walk: Score | None = None
     """What it was before its last step."""
     split: str = ""
@@ -56,13 +61,15 @@ class Score:
         *,
         crf: bool = False,
         background_score: float | None = None,
-        oracle: Oracle | None = None,
+        auto: bool = False,
+        fixed: Point | None = None,
+        oracle: Point | None = None,
         walk: Score | None = None,
     ) -> Score:
         """From the IoU of background and classes, NaN for what does not occur."""
         named = zip(("background", *classes), iou.tolist(), strict=True)
         known = {name: round(value, 6) for name, value in named if value == value}
-        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, oracle, walk)
+        return cls(what, rounded(mean_iou(iou)), known, images, crf, background_score, auto, fixed, oracle, walk)
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Score:
@@ -77,12 +84,18 @@ class Score:
             raise TypeError("expected numbers")
         score = cls(
             str(record["what"]), record["miou"], iou, record["images"], bool(record["crf"]),
-            record.get("background_score"), _oracle(record), split=str(record.get("split", "")),
-            judged=_judged(record),
+            record.get("background_score"), record.get("auto") is True, _point(record, "fixed"),
+            _point(record, "oracle"), split=str(record.get("split", "")), judged=_judged(record),
         )  # fmt: skip
         if walk:
             before = replace(
-                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_oracle(walk), judged=None
+                score,
+                what="random walk alone",
+                miou=walk["miou"],
+                iou={},
+                crf=False,
+                oracle=_point(walk, "oracle"),
+                judged=None,
             )
             score = replace(score, walk=before)
         str(score)
@@ -90,10 +103,12 @@ class Score:
 
     def record(self) -> Record:
         """As it stands in ``metrics.json``."""
-        record: Record = {"what": self.what, "background_score": self.background_score, "crf": self.crf}
+        record: Record = {"what": self.what, "background_score": self.background_score, "auto": self.auto or None}
+        record["crf"] = self.crf
         record |= {"images": self.images, "miou": self.miou, "iou": dict(self.iou)}
         if self.walk is not None:
             record["walk"] = {"miou": self.walk.miou, "oracle": self.walk.oracle and self.walk.oracle._asdict()}
+        record["fixed"] = self.fixed and self.fixed._asdict()
         record["oracle"] = self.oracle and self.oracle._asdict()
         record["split"] = self.split
         record |= {"agreement": self.agreement, "judged": self.judged and _rounded(self.judged)._asdict()}
@@ -112,7 +127,8 @@ class Score:
     @property
     def settings(self) -> str:
         """How the masks were made."""
-        score = "" if self.background_score is None else f"background score {self.background_score:g}, "
+        by_itself = " (auto)" * self.auto
+        score = "" if self.background_score is None else f"background score {self.background_score:g}{by_itself}, "
         return f"{score}{'CRF' if self.crf else 'no CRF'}"
 
     @property
@@ -122,7 +138,8 @@ class Score:
 
     def __str__(self) -> str:
         """In one line."""
-        score = "" if self.background_score is None else f", background score {self.background_score}"
+        by_itself = " (auto)" * self.auto
+        score = "" if self.background_score is None else f", background score {self.background_score}{by_itself}"
         known = "" if self.judged is None else f"agreement {self.agreement:.3f}"
         if self.judged is not None and not self.measured:
             return f"{self.what}, without masks: {known} ({self.split}, {self.judged.images} images{score})"
@@ -132,6 +149,8 @@ class Score:
         line += ", CRF" if self.crf else ", no CRF"
         if self.walk:
             line += f"; the {self.walk.what} {_percent(self.walk.miou)}"
+        if self.fixed and self.fixed.background_score != self.background_score:
+            line += f"; fixed {_percent(self.fixed.miou)} at {self.fixed.background_score}"
         if oracle := self.oracle or (self.walk and self.walk.oracle):
             line += f"; oracle {_percent(oracle.miou)} at {oracle.background_score}"
         return f"{line})" + (f", {known}" if known else "")
@@ -161,6 +180,6 @@ def _judged(record: Mapping[str, Any]) -> Agreement | None:
     return agreement
 
 
-def _oracle(record: Mapping[str, Any]) -> Oracle | None:
-    oracle = record.get("oracle")
-    return Oracle(oracle["background_score"], oracle["miou"]) if oracle else None
+def _point(record: Mapping[str, Any], name: str) -> Point | None:
+    point = record.get(name)
+    return Point(point["background_score"], point["miou"]) if point else None

@@ -120,6 +120,8 @@ class Judged(NamedTuple):
     """A folder of ``<id>.png``, or an image's index -> its mask ``(H, W)``."""
     background_score: float | None = None
     crf: bool = False
+    auto: bool = False
+    """Whether the background score was chosen by the values of the CAMs alone."""
 
 
 def _nothing(run: Context, settings: Any) -> Sequence[object]:
@@ -140,6 +142,8 @@ class Stage(Generic[S]):
     """The stages whose results it reads; they come before it in the chain, or others that stand for them."""
     also_needs: Callable[[S], Sequence[str]] = lambda settings: ()
     """The stages that it needs with some settings only."""
+    on_demand: bool = False
+    """Whether it is only done where a later stage needs it, or when it is asked for by its name."""
     title: str = ""
     """What people call it."""
     files: tuple[str, ...] = ()
@@ -161,8 +165,9 @@ class Stage(Generic[S]):
     """What its result scores on them, on all processes."""
     score_depends: Callable[[Context, S], Sequence[object]] = _nothing
     """What the score follows from besides the result, the images and the settings that only an evaluation reads."""
-    judged: Callable[[Context, S, Dataset], Judged] | None = None
-    """The masks that it made of them, whose agreement with the encoder is measured (:mod:`cacl.agreement`)."""
+    judged: Callable[[Context, S, Dataset, float | None], Judged] | None = None
+    """The masks that it made of them, whose agreement with the encoder is measured (:mod:`cacl.agreement`); at the
+    background score that is given, that of its mean IoU, or at its own where that is None."""
     shown: str = ""
     """What the report calls its score, ``{crf}`` for `` + CRF`` where there is one; the score's own name if empty."""
 

@@ -14,7 +14,7 @@ from cacl.datasets import Dataset
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.settings import CAMNetwork, Epochs, Machine, Schedule, Training, Weight
-from cacl.stages.cams import CAMs, cam_score, camnet, save_model
+from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import fit
@@ -82,6 +82,6 @@ STAGE = Stage(
     check=lambda run, settings: camnet(run),
     scored_on="eval",
     score=_score,
-    score_depends=lambda run, settings: (run.table(CAMs),),
+    score_depends=cam_score_depends,
     shown="CAM after the warm-up",
 )
