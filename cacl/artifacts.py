@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from cacl._support.files import replacing
 from cacl._support.weights import check_inflated
 from cacl.datasets import Dataset
 from cacl.errors import InputError, first_line
-from cacl.images import VOC_COLOURS, Mask
+from cacl.images import VOC_COLOURS, Mask, read_mask
 
 
 class ImageCAMs(NamedTuple):
@@ -85,6 +86,14 @@ def save_mask(path: Path, mask: Mask) -> None:
     image.putpalette(VOC_COLOURS.tobytes())
     with replacing(path) as file:
         image.save(file, "PNG")
+
+
+def made_mask(dataset: Dataset, masks: Path | Callable[[int], Mask], index: int) -> Mask:
+    """The mask ``(H, W)`` of an image: ``<id>.png`` in a folder, or what a function gives for the image's index."""
+    if not isinstance(masks, Path):
+        return masks(index)
+    mask: Mask = read_mask(masks / f"{dataset.entries[index].id}.png").numpy()
+    return mask
 
 
 def cams_of(dataset: Dataset, folder: Path, index: int) -> ImageCAMs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
 from cacl._support.checks import check_choice, check_labels, check_range, check_tensor, check_words, shape
 from cacl._support.distributed import world_size
-from cacl._support.features import cosine, full, reduced
+from cacl._support.features import cosine, full, reduced, renormalisation
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputTypeError, expected
@@ -88,7 +88,7 @@ class CACLLoss(nn.Module):
         for argument, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check_range(argument, weight, 0, float("inf"))
         check_choice("normalization", normalization, ("encoder", "imagenet"))
-        _check_texts(prompts, backgrounds)
+        check_texts(prompts, backgrounds)
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False).eval()
         if suppression is not None and not isinstance(suppression, BGSuppressionLoss):
@@ -114,10 +114,7 @@ class CACLLoss(nn.Module):
         self.register_buffer("_background_text", background_text, persistent=False)
         self.bgs.to(background_text.device)
         mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
-        scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
-        shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
-        for name, values in (("_scale", scale), ("_shift", shift)):
-            buffer = torch.tensor(values, device=background_text.device).view(3, 1, 1)
+        for name, buffer in zip(("_scale", "_shift"), renormalisation(mean, std, background_text.device), strict=True):
             self.register_buffer(name, buffer, persistent=False)
 
     @property
@@ -181,7 +178,7 @@ class CACLLoss(nn.Module):
         return self
 
 
-def _check_texts(prompts: object, backgrounds: object) -> None:
+def check_texts(prompts: object, backgrounds: object) -> None:
     """Require a :class:`PromptSet` and a :class:`BackgroundSet`, where they are given."""
     for argument, value, wanted in (("prompts", prompts, PromptSet), ("backgrounds", backgrounds, BackgroundSet)):
         if value is not None and not isinstance(value, wanted):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.log import Callback, Journal, measured
 from cacl.runs.checking import check_files_of, check_lists_of
+from cacl.runs.evaluation import SHARED, evaluate
 from cacl.runs.folder import State
 from cacl.runs.results import Result
 from cacl.runs.session import NotDrawnError, Session
@@ -248,14 +248,16 @@ def _do(session: Session, number: int, *, resume: bool, callback: Callback | Non
     name, key = stage.name, session.key_of(stage)
     state = rank_zero(lambda: _begin(session, number, resume=resume))
     if not state.finished:
-        session.release(set(stage.uses))  # what was made to check settings, and what those before it had
+        session.release(
+            {*stage.uses, *(SHARED if stage.judged else ())}
+        )  # what was made to check settings, and what those before it had
         seconds = session.config.run.checkpoint_seconds
         journal = Journal(files.checkpoint(name), key, files.log, callback, seconds, name)
         with session.at(stage), measured(files.costs, name, again=not state) as cost:
             stage.run(session, session.settings(stage), session.out / name, journal)
         rank_zero(lambda: files.end(name, key))
         logger.info("%s: finished in %.0f s", name, cost["seconds"])
-    _evaluate(session, stage)
+    evaluate(session, stage)
 
 
 def _begin(session: Session, number: int, *, resume: bool) -> State:
@@ -273,21 +275,3 @@ def _begin(session: Session, number: int, *, resume: bool) -> State:
         logger.info("%s: done again, since %s", name, reason)
     files.begin(stage, [each.name for each in session.chain[:number]], key)
     return State()
-
-
-def _evaluate(session: Session, stage: Stage[Any]) -> None:
-    """Mean IoU of what a finished stage gives, on the images that it is scored on."""
-    dataset = session.datasets.get(stage.scored_on or "")
-    if stage.score is None or dataset is None or not dataset.masked:
-        return
-    name, settings, split = stage.name, session.settings(stage), session.splits[stage.scored_on or ""]
-    fingerprint = session.fingerprints[stage.scored_on or ""]
-    with session.at(stage):
-        key = stage.score_key(session, settings, session.key_of(stage), split, fingerprint)
-    if rank_zero(lambda: session.files.metrics.get(name, {}).get("key") == key):
-        return
-    with session.at(stage):
-        score = replace(stage.score(session, settings, dataset), split=split)
-    order = [each.name for each in session.chain]
-    rank_zero(lambda: session.files.keep_score(name, score, key, order))
-    logger.info("%s: %s", name, score)

@@ -82,7 +82,7 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
         "warmup/model.pt", "warmup/stage.json", "cacl/model.pt", "cacl/stage.json", "cams/stage.json",
         "irn/model.pt", "irn/stage.json", "masks/stage.json", "segment/model.pt", "segment/stage.json",
         "predict/stage.json", "report/stage.json", *(f"report/{i}.png" for i in ("cams", "masks", "segmentation")),
-        *(f"predict/eval/{i}.png" for i in range(6, 9)),
+        *(f"predict/eval/{i}.png" for i in range(6, 9)), *(f"{i}/agreement.json" for i in ("cams", "masks", "predict")),
         *(f"cams/train/{i}.npz" for i in range(6)), *(f"irn/labels/{i}.png" for i in range(6)),
         *(f"masks/walk/{i}.npz" for i in range(6)), *(f"masks/train/{i}.png" for i in range(6)),
     }  # fmt: skip
@@ -289,13 +289,14 @@ def test_plan_says_what_would_be_done(root, tmp_path):
     assert pipeline.plan(changed, ["warmup"]) == ["warmup: to be done again"]
 
 
-def test_data_without_masks_trains_and_has_no_metrics(root, tmp_path):
+def test_data_without_masks_trains_and_has_no_mean_iou(root, tmp_path):
     table = (root / "dataset.csv").read_text().replace("masks/", "masks/gone-")
     for i in range(9):
         table = table.replace(f"masks/gone-{i}.png", "")
     (root / "dataset.csv").write_text(table)
-    assert run(root, tmp_path / "out").metrics == {}
-    assert run(root, tmp_path / "out2", "data.eval=").metrics == {}
+    metrics = run(root, tmp_path / "out").metrics
+    assert {name: record["miou"] for name, record in metrics.items()} == dict.fromkeys(("cams", "masks", "predict"))
+    assert list(run(root, tmp_path / "out2", "data.eval=").metrics) == ["cams", "masks"]
 
 
 def test_no_warmup_epochs_starts_from_the_backbone(root, tmp_path):
@@ -622,11 +623,12 @@ def test_what_is_not_needed_any_more_is_freed(root, tmp_path, monkeypatch):
         alive.setdefault(record["stage"], [ref() is not None for ref in made])
 
     run(root, tmp_path / "out", encoder=None, callback=watch)
-    assert alive == {"warmup": [False], "cacl": [False, True], "irn": [False] * 2, "segment": [False] * 2}
+    # One more to judge the pseudo masks; that of CA-CL judges the CAMs.
+    assert alive == {"warmup": [False], "cacl": [False, True], "irn": [False] * 2, "segment": [False] * 3}
     alive.clear()
     made.clear()
-    run(root, tmp_path / "out", "irn.radius=3", encoder=None, callback=watch)  # CA-CL has finished: nothing is loaded
-    assert alive == {"irn": [], "segment": []}
+    run(root, tmp_path / "out", "irn.radius=3", encoder=None, callback=watch)  # CA-CL has finished: none is loaded
+    assert alive == {"irn": [], "segment": [False]}
 
 
 def test_a_given_encoder_goes_back_to_where_it_came_from(root, tmp_path):

@@ -120,11 +120,14 @@ def test_where_nothing_is_trained_every_file_is_the_same_byte_for_byte(tmp_path)
     assert {f"{stage.name}/{folder}" for stage in CHAIN for folder in stage.files} <= {
         str(Path(x).parent) for x in made
     }
+    # What judges the masks without masks is the same too, also where a process has no image.
+    assert {f"{stage.name}/agreement.json" for stage in CHAIN if stage.judged} <= set(wanted)
     for processes, (out, done) in results.items():
         assert done.returncode == 0, done.stderr
         assert files(out) == wanted
         summary = [line for line in done.stdout.splitlines() if "mIoU" in line]
         assert len(summary) == 7  # of one process only
+        assert done.stdout.count("without masks: agreement") == 1
         assert done.stderr.count("masks: finished") == 1, (processes, done.stderr)
 
 

@@ -128,9 +128,9 @@ def read(path) -> Reader:
     return reader
 
 
-def lines(reader) -> list[list[str]]:
-    """The table of results."""
-    table = re.search(r'<table class="numbers">.*?<tbody>(.*?)</tbody>', reader, re.DOTALL).group(1)
+def lines(reader, number=0) -> list[list[str]]:
+    """The table of results, or the one of what needs no masks."""
+    table = re.findall(r'<table class="numbers">.*?<tbody>(.*?)</tbody>', reader, re.DOTALL)[number]
     rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
     return [
         [html.unescape(re.sub("<[^>]*>", "", c)) for c in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row)] for row in rows
@@ -156,6 +156,11 @@ def test_one_file_has_every_number_and_what_belongs_beside_it(world, tmp_path):
     assert rows["masks alone"][1:7] == [
         f"{100 * walk['miou']:.1f}", "train", "6", "0.25", "off", f"{100 * walk['oracle']['miou']:.1f}",
     ]  # fmt: skip
+    judged = {stage: own for stage, own in metrics.items() if "agreement" in own}
+    assert {row[-1]: (float(row[1]), int(row[3])) for row in lines(path.read_text(), 1)} == {
+        stage: (round(own["agreement"], 3), own["judged"]["images"]) for stage, own in judged.items()
+    }
+    assert set(judged) == {"cams", "masks"}
     assert "found by looking at the ground-truth masks: an upper bound, not a result" in reader.text
     assert "val, 3 images, background score 0.15, no CRF" in reader.text
     for text in ("6 images of the split train", "3 images of val", "TinyEncoder", "TinyBackbone", "Seed 0", "cacl 0."):
@@ -246,7 +251,7 @@ def test_a_run_that_has_only_begun_has_a_report(world, tmp_path):
     assert "There is no mean IoU" in reader.text
 
 
-def test_data_without_masks_has_a_report_without_numbers(tmp_path):
+def test_data_without_masks_has_a_report_without_a_mean_iou(tmp_path):
     root = write_csv(tmp_path / "data")
     (root / "dataset.csv").write_text(re.sub(r"masks/\d\.png", "", (root / "dataset.csv").read_text()))
     out = run(root, tmp_path / "out", "data.eval=")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cacl._support.checks import check_choice
 from cacl._support.distributed import all_reduce_sum, world_size
-from cacl.constants import REDUCTIONS, Reduction
+from cacl.constants import IMAGENET_MEAN, IMAGENET_STD, REDUCTIONS, Reduction
 
 
 def full(x: Tensor) -> Tensor:
@@ -26,6 +28,13 @@ def unit(x: Tensor) -> Tensor:
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of the last dimension. A product and a sum: matmul would fall to half precision under autocast."""
     return (unit(x) * unit(y)).sum(-1)
+
+
+def renormalisation(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift, ``(3, 1, 1)``, that take images from ImageNet's statistics to others."""
+    scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
+    shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
 
 
 def reduced(loss: Tensor, reduction: Reduction, across: bool = False) -> Tensor:

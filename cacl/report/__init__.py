@@ -124,12 +124,14 @@ def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablat
         sections.cams(session, galleries.get("cams"), compared),
         sections.steps(session, galleries.get("masks")),
         sections.segmentation(session, galleries.get("segmentation")),
+        sections.agreement(session),
         sections.costs(session),
     ]
     page = Page(
         title=session.out.name,
         facts=_facts(session),
         scores=scores,
+        judged=sections.judged(session),
         tiles=sections.tiles(scores),
         chain=sections.chain(scores),
         sections=[section for section in parts if section.blocks],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacl.artifacts import ImageCAMs, cams_of
+import numpy as np
+from PIL import Image
+
+from cacl.artifacts import ImageCAMs, cams_of, made_mask
 from cacl.config import Config
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
@@ -21,6 +24,7 @@ from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
 from cacl.stages.cams import CAMs, camnet, predict_cams
 from cacl.stages.irn import IRN, refine_cams
+from cacl.stages.stage import Judged
 
 logger = logging.getLogger("cacl")
 
@@ -105,8 +109,41 @@ def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
         for score, i in some:
             photo = _photo(dataset, i)
             mask = _mask(folder / f"{dataset.entries[i].id}.png", photo)
-            gallery.add(i, [photo, mask, *_truth(gallery, i)], score)
+            gallery.add(i, [photo, mask, *_truth(gallery, i)], f"{100 * score:.1f} %")
     return best, worst
+
+
+def agreement_galleries(session: Session) -> Iterator[tuple[str, Gallery, Gallery]]:
+    """Of every stage that was judged on images without a mask: what it is called, and the images whose masks agree
+    least and most with the encoder and their photos; least and most come first."""
+    for stage in session.config.chain:
+        dataset = session.datasets.get(stage.scored_on or "")
+        photos = session.files.photos(stage.name) if finished(session, stage.name) else []
+        if stage.judged is None or dataset is None or dataset.masked or not photos:
+            continue
+        with session.at(stage):
+            score = session.files.scores()[stage.name].background_score
+            given = stage.judged(session, session.settings(stage), dataset, score)
+        indices = {entry.id: i for i, entry in enumerate(dataset.entries)}
+        known = [(indices[id], agreement) for id, agreement in photos if id in indices]
+        count = min(session.table(Report).images, len(known) // 2, 4)
+        least, most = (Gallery(dataset, ["photo", given.what]) for _ in range(2))
+        for gallery, some in ((least, known[:count]), (most, known[: -count - 1 : -1])):
+            for i, agreement in some:
+                photo = _photo(dataset, i)
+                gallery.add(i, [photo, _judged_mask(given, dataset, i, photo)], f"{agreement:.3f}")
+        if count:
+            yield given.what[:1].upper() + given.what[1:], least, most
+
+
+def _judged_mask(given: Judged, dataset: Dataset, index: int, photo: Pixels) -> Mask | None:
+    """A mask that was judged, at the photo's size, or None where its file is missing."""
+    try:
+        mask = made_mask(dataset, given.masks, index)
+    except InputError:
+        return None
+    height, width = photo.shape[:2]
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ class Row:
     names: str
     """Its labels."""
     pictures: list[Pixels | None]
-    score: float | None = None
-    """The mean IoU of this image alone."""
+    score: str = ""
+    """What this image alone has: its mean IoU, or its agreement."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Gallery:
     shown: set[int] = field(default_factory=set)
     """Mask values that occur in the masks, without background."""
 
-    def add(self, index: int, pictures: Sequence[Pixels | Mask | None], score: float | None = None) -> None:
+    def add(self, index: int, pictures: Sequence[Pixels | Mask | None], score: str = "") -> None:
         """An image: its photo, then pictures ``(H, W, 3)``, or masks ``(H, W)`` that are drawn over the photo."""
         photo, entry = pictures[0], self.dataset.entries[index]
         assert photo is not None

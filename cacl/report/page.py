@@ -49,6 +49,8 @@ class Page:
     title: str
     facts: list[tuple[str, str]]
     scores: list[Score]
+    judged: list[Score]
+    """What can be said without ground truth."""
     tiles: list[tuple[Score, str]]
     """The main scores, each with what it gains."""
     chain: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cacl import figures
@@ -11,7 +11,13 @@ from cacl.constants import BACKGROUND_SCORE
 from cacl.errors import InputError
 from cacl.figures.style import duration
 from cacl.report.charts import chart
-from cacl.report.galleries import Ablation, ablation_galleries, prediction_title, ranked_galleries
+from cacl.report.galleries import (
+    Ablation,
+    ablation_galleries,
+    agreement_galleries,
+    prediction_title,
+    ranked_galleries,
+)
 from cacl.report.gallery import Gallery
 from cacl.report.page import Block, Section
 from cacl.runs.session import Session
@@ -25,19 +31,26 @@ _ABLATE = "cacl ablate CONFIG --tables 4,5"
 def scores(session: Session) -> list[Score]:
     """Every mean IoU of ``metrics.json``, under the name that a stage has for it."""
     found = []
-    for name, score in session.files.scores().items():
-        if score.miou is None:  # every pixel is ignored
+    for score in _named(session):
+        if score.miou is None:  # every pixel is ignored, or there are no masks
             continue
-        known = [stage for stage in session.chain if stage.name == name]
-        if not known:  # of another chain
-            continue
-        shown = known[0].shown or score.what
-        shown = shown.replace("{crf}", " + CRF" if score.crf else "")
-        for step, what in ((score.walk, ""), (score, shown)):
-            if step is not None:
-                what = what or step.what
-                found.append(replace(step, what=what[:1].upper() + what[1:], stage=name))
+        if (walk := score.walk) is not None:
+            found.append(replace(walk, what=walk.what[:1].upper() + walk.what[1:], stage=score.stage))
+        found.append(score)
     return found
+
+
+def judged(session: Session) -> list[Score]:
+    """Every agreement of ``metrics.json``, under the name that a stage has for it."""
+    return [score for score in _named(session) if score.judged is not None]
+
+
+def _named(session: Session) -> Iterator[Score]:
+    stages = {stage.name: stage for stage in session.chain}
+    for name, score in session.files.scores().items():
+        if name in stages:  # else it is of another chain
+            shown = (stages[name].shown or score.what).replace("{crf}", " + CRF" if score.crf else "")
+            yield replace(score, what=shown[:1].upper() + shown[1:])
 
 
 def tiles(known: Sequence[Score]) -> list[tuple[Score, str]]:
@@ -186,7 +199,20 @@ def segmentation(session: Session, gallery: Gallery | None) -> Section:
         )
         section.blocks.append(Block(about, galleries=list(zip(("Best photos", "Hardest photos"), ranked, strict=True))))
     else:
-        section.blocks.append(Block(note="Best and hardest photos need ground-truth masks."))
+        section.blocks.append(Block(note="Best and hardest photos by mean IoU need ground-truth masks."))
+    return section
+
+
+def agreement(session: Session) -> Section:
+    """Photos by how far their masks agree with the encoder, where nobody has drawn the truth."""
+    about = "How far masks agree with the encoder and with the colours of their photos: higher is better."
+    section = Section("agreement", "Worst photos first", about)
+    for what, least, most in agreement_galleries(session):
+        pair = [(f"{what}: least agreement", least), (f"{what}: most agreement", most)]
+        about = (
+            "Beside the photo's name the agreement of its own mask; see the table of results for what it is made of."
+        )
+        section.blocks.append(Block(about, galleries=pair))
     return section
 
 

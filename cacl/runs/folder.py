@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,9 +97,37 @@ class RunFolder:
         read = {stage: _score(record) for stage, record in self.metrics.items()}
         return {stage: replace(score, stage=stage) for stage, score in read.items() if score}
 
-    def keep_score(self, stage: str, score: Score, key: str, order: Collection[str]) -> None:
-        """Write down a score, and the key of what it follows from; ``order`` is that of the stages."""
+    def keep_score(
+        self, stage: str, score: Score, key: str, order: Collection[str], photos: Sequence[tuple[str, float]] = ()
+    ) -> None:
+        """Write down a score, and the key of what it follows from.
+
+        Args:
+            stage: whose.
+            score: of all images.
+            key: of what it follows from.
+            order: of the stages.
+            photos: images by their ids and their agreement with the encoder, in the order that is kept.
+        """
+        path = self._photos(stage)
+        if photos:
+            write_json(path, {"key": key, "photos": [list(photo) for photo in photos]})
+        else:
+            path.unlink(missing_ok=True)
         self._write({**self.metrics, stage: {**score.record(), "key": key}}, order)
+
+    def photos(self, stage: str) -> list[tuple[str, float]]:
+        """Images of a stage by their ids and their agreement with the encoder, the worst first; empty if unknown."""
+        known, key = read_json(self._photos(stage)), self.metrics.get(stage, {}).get("key")
+        if key is None or known.get("key") != key:  # of other settings, or of another program
+            return []
+        try:
+            return [(str(id), float(agreement)) for id, agreement in known["photos"]]
+        except (LookupError, TypeError, ValueError):
+            return []
+
+    def _photos(self, stage: str) -> Path:
+        return self.path / stage / "agreement.json"
 
     def _write(self, metrics: dict[str, Record], order: Collection[str]) -> None:
         names = [*order, *(name for name in metrics if name not in order)]

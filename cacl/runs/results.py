@@ -30,7 +30,14 @@ class Result:
         return path if path.is_file() else None
 
     def summary(self) -> str:
-        """A line for each evaluation, and where the pictures are."""
-        lines = [f"{name}: {score}" for name, score in RunFolder(self.out).scores().items() if name in self.metrics]
+        """A line for each evaluation, how the agreement goes along the chain, and where the pictures are."""
+        scores = {name: score for name, score in RunFolder(self.out).scores().items() if name in self.metrics}
+        lines = [f"{name}: {score}" for name, score in scores.items()]
+        judged = [score for score in scores.values() if score.judged is not None]
+        if len(judged) > 1:
+            figures = " → ".join(f"{score.agreement:.3f}" for score in judged)
+            splits = ["", *(f" of {score.split}" if score.split != judged[0].split else "" for score in judged[1:])]
+            names = " → ".join(f"{score.what}{split}" for score, split in zip(judged, splits, strict=True))
+            lines.append(f"without masks: agreement {figures} ({names})")
         lines += [f"picture: {path}" for path in self.pictures]
         return "\n".join([*lines, *([f"report: {self.report}"] if self.report else [])])

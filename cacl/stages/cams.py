@@ -22,12 +22,14 @@ from cacl.camnet import CAMNet
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
 from cacl.errors import expected
+from cacl.images import Mask
 from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
+from cacl.pictures import threshold
 from cacl.settings import Factor, Machine, Mark, Share, Switch, Table
 from cacl.stages.score import Point, Score, rounded
-from cacl.stages.stage import Context, Stage
+from cacl.stages.stage import Context, Judged, Stage
 from cacl.thresholds import BINS, Scores, count_maxima, split_scores
 
 
@@ -195,6 +197,19 @@ def _score(run: Context, settings: CAMs, dataset: Dataset) -> Score:
     return cam_score(run, run.folder("cams") / "train", dataset)
 
 
+def _judged(run: Context, settings: CAMs, dataset: Dataset, known: float | None) -> Judged:
+    folder, chosen = run.folder("cams") / "train", settings.background_score
+    if known is None:
+        known = own_scores(dataset, folder).middle if chosen == "auto" else chosen
+
+    def mask(index: int) -> Mask:
+        cams = cams_of(dataset, folder, index)
+        height, width = cams.maps.shape[1:]
+        return threshold(cams.classes, cams.resized((4 * height, 4 * width)), known)
+
+    return Judged("CAM", mask, known, auto=chosen == "auto")
+
+
 STAGE = Stage(
     "cams",
     CAMs,
@@ -204,5 +219,6 @@ STAGE = Stage(
     files=("train",),
     scored_on="train",
     score=_score,
+    judged=_judged,
     shown="CAM of the training images",
 )

@@ -39,9 +39,9 @@ def check_chain(chain: Sequence[Stage[Any]]) -> Chain:
             raise InputError(
                 f"Expected argument `chain` to hold stages with a table, but that of {stage.name!r} is none."
             )
-        if (stage.score is None) != (stage.scored_on is None):
+        if (stage.score is None and stage.judged is None) != (stage.scored_on is None):
             raise InputError(
-                f"Expected argument `chain`: {stage.name!r} to have both, `score` and `scored_on`, or none."
+                f"Expected argument `chain`: {stage.name!r} to have `scored_on` with `score` or `judged`, or none."
             )
         for need in stage.needs:
             if need not in known:

@@ -139,9 +139,16 @@ def _logged(values: Mapping[str, Any], device: torch.device) -> dict[str, Tensor
 
 def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
     """The background words of a run; None where nothing is suppressed."""
+    return None if settings.beta == 0 or run.given_criterion is not None else known_words(run)
+
+
+def known_words(run: Context) -> BackgroundSet:
+    """The background words of a run's classes, from the configuration, beside the data, or built in.
+
+    Raises:
+        ValueError: if there are none for a class.
+    """
     words, data = run.table(Backgrounds), run.table(Data)
-    if settings.beta == 0 or run.given_criterion is not None:
-        return None
     beside = data.root / "backgrounds.json"
     file = words.file or (beside if FORMATS[data.format].brings_words and beside.is_file() else None)
     classes = run.train.classes

@@ -27,7 +27,7 @@ from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
 from cacl.stages.cams import cam_score, own_scores
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
 from cacl.stages.score import Score
-from cacl.stages.stage import Context, Stage
+from cacl.stages.stage import Context, Judged, Stage
 
 
 class Walk(Table):
@@ -162,6 +162,12 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     )  # fmt: skip
 
 
+def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None) -> Judged:
+    score = _score_of(dataset, _seeds(run, settings), settings) if known is None else known
+    crf, auto = settings.iterations > 0, settings.background_score == "auto"
+    return Judged("pseudo masks", run.folder("masks") / "train", score, crf=crf, auto=auto)
+
+
 STAGE = Stage(
     "masks",
     Masks,
@@ -175,4 +181,5 @@ STAGE = Stage(
     check=lambda run, settings: check_backend(run.machine.crf),
     scored_on="train",
     score=_score,
+    judged=_judged,
 )

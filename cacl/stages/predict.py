@@ -23,7 +23,7 @@ from cacl.metrics import ConfusionMatrix
 from cacl.photos import Photos, load_segmenter, segment_photos
 from cacl.settings import Machine, Mark
 from cacl.stages.score import Score
-from cacl.stages.stage import Context, Stage
+from cacl.stages.stage import Context, Judged, Stage
 
 
 class Predict(Photos):
@@ -177,5 +177,8 @@ STAGE = Stage(
     check=lambda run, settings: check_backend(run.machine.crf),
     scored_on="segmented",
     score=_score,
+    judged=lambda run, settings, dataset, known: Judged(
+        "DeepLabV2", run.folder("predict") / "eval", crf=settings.iterations > 0
+    ),
     shown="DeepLabV2{crf}",
 )

@@ -1,4 +1,4 @@
-"""What a result scores: a mean IoU with everything that belongs beside it."""
+"""What a result scores: a mean IoU, or how far it agrees with the encoder, with everything that belongs beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cacl.agreement import Agreement
 from cacl.log import Record
 from cacl.metrics import mean_iou
 
@@ -22,7 +23,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """What a stage's result scores: a mean IoU with everything that belongs beside it."""
+    """What a stage's result scores: a mean IoU with everything that belongs beside it.
+
+    Where no image has a mask, ``miou`` is None, ``images`` is 0, and ``judged`` says what can be said without.
+    """
 
     what: str
     """What was evaluated."""
@@ -31,6 +35,7 @@ class Score:
     iou: Mapping[str, float]
     """Class, the background among them -> IoU, of those that occur."""
     images: int
+    """That have a mask."""
     crf: bool = False
     background_score: float | None = None
     auto: bool = False
@@ -43,6 +48,8 @@ class Score:
     """What it was before its last step."""
     split: str = ""
     stage: str = ""
+    judged: Agreement | None = None
+    """How far the masks agree with the encoder and the photos' colours, at the same background score."""
 
     @classmethod
     def of(
@@ -78,11 +85,17 @@ class Score:
         score = cls(
             str(record["what"]), record["miou"], iou, record["images"], bool(record["crf"]),
             record.get("background_score"), record.get("auto") is True, _point(record, "fixed"),
-            _point(record, "oracle"), split=str(record.get("split", "")),
+            _point(record, "oracle"), split=str(record.get("split", "")), judged=_judged(record),
         )  # fmt: skip
         if walk:
             before = replace(
-                score, what="random walk alone", miou=walk["miou"], iou={}, crf=False, oracle=_point(walk, "oracle")
+                score,
+                what="random walk alone",
+                miou=walk["miou"],
+                iou={},
+                crf=False,
+                oracle=_point(walk, "oracle"),
+                judged=None,
             )
             score = replace(score, walk=before)
         str(score)
@@ -98,7 +111,18 @@ class Score:
         record["fixed"] = self.fixed and self.fixed._asdict()
         record["oracle"] = self.oracle and self.oracle._asdict()
         record["split"] = self.split
+        record |= {"agreement": self.agreement, "judged": self.judged and _rounded(self.judged)._asdict()}
         return {key: value for key, value in record.items() if value is not None or key == "miou"}
+
+    @property
+    def agreement(self) -> float | None:
+        """:attr:`cacl.agreement.Agreement.total` of ``judged``; higher is better."""
+        return None if self.judged is None else round(_rounded(self.judged).total, 4)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there were masks to measure a mean IoU with."""
+        return self.images > 0
 
     @property
     def settings(self) -> str:
@@ -116,6 +140,11 @@ class Score:
         """In one line."""
         by_itself = " (auto)" * self.auto
         score = "" if self.background_score is None else f", background score {self.background_score}{by_itself}"
+        known = "" if self.judged is None else f"agreement {self.agreement:.3f}"
+        if self.judged is not None and not self.measured:
+            return f"{self.what}, without masks: {known} ({self.split}, {self.judged.images} images{score})"
+        if self.judged is not None and self.judged.images != self.images:
+            known += f" of {self.judged.images} images"
         line = f"{self.what} mIoU {_percent(self.miou)} ({self.split}, {self.images} images{score}"
         line += ", CRF" if self.crf else ", no CRF"
         if self.walk:
@@ -124,7 +153,7 @@ class Score:
             line += f"; fixed {_percent(self.fixed.miou)} at {self.fixed.background_score}"
         if oracle := self.oracle or (self.walk and self.walk.oracle):
             line += f"; oracle {_percent(oracle.miou)} at {oracle.background_score}"
-        return line + ")"
+        return f"{line})" + (f", {known}" if known else "")
 
 
 def rounded(miou: float) -> float | None:
@@ -134,6 +163,21 @@ def rounded(miou: float) -> float | None:
 
 def _percent(miou: float | None) -> str:
     return "of no pixel" if miou is None else f"{100 * miou:.1f} %"
+
+
+def _rounded(agreement: Agreement) -> Agreement:
+    """As it stands in ``metrics.json``."""
+    evidence, explained, edges, pairs, images = agreement
+    return Agreement(round(evidence, 5), round(explained, 5), round(edges, 5), pairs, images)
+
+
+def _judged(record: Mapping[str, Any]) -> Agreement | None:
+    if (judged := record.get("judged")) is None:
+        return None
+    agreement = Agreement(**{name: judged[name] for name in Agreement._fields})
+    if min(agreement[1:]) < 0:
+        raise ValueError("expected numbers of at least 0")
+    return agreement
 
 
 def _point(record: Mapping[str, Any], name: str) -> Point | None:

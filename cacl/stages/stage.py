@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
@@ -29,6 +29,7 @@ from cacl._support.identity import UnknownError, identity
 from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
+from cacl.images import Mask
 from cacl.log import Journal
 from cacl.settings import Machine, Table
 from cacl.stages.score import Score
@@ -110,6 +111,19 @@ class Context(Protocol):
         has ended."""
 
 
+class Judged(NamedTuple):
+    """Masks whose agreement with the encoder is looked at."""
+
+    what: str
+    """What they are called, as in :class:`cacl.stages.score.Score`."""
+    masks: Path | Callable[[int], Mask]
+    """A folder of ``<id>.png``, or an image's index -> its mask ``(H, W)``."""
+    background_score: float | None = None
+    crf: bool = False
+    auto: bool = False
+    """Whether the background score was chosen by the values of the CAMs alone."""
+
+
 def _nothing(run: Context, settings: Any) -> Sequence[object]:
     return ()
 
@@ -146,11 +160,14 @@ class Stage(Generic[S]):
     check: Callable[[Context, S], object] = _nothing
     """Raises for what is wrong with its settings, before the first step of any stage that is to be done."""
     scored_on: Role | None = None
-    """The images that its result is scored on, where they have masks; None for no score."""
+    """The images that its result is scored on, where they have masks, and judged on; None for neither."""
     score: Callable[[Context, S, Dataset], Score] | None = None
     """What its result scores on them, on all processes."""
     score_depends: Callable[[Context, S], Sequence[object]] = _nothing
     """What the score follows from besides the result, the images and the settings that only an evaluation reads."""
+    judged: Callable[[Context, S, Dataset, float | None], Judged] | None = None
+    """The masks that it made of them, whose agreement with the encoder is measured (:mod:`cacl.agreement`); at the
+    background score that is given, that of its mean IoU, or at its own where that is None."""
     shown: str = ""
     """What the report calls its score, ``{crf}`` for `` + CRF`` where there is one; the score's own name if empty."""
 

@@ -1,0 +1,90 @@
+"""What a finished stage is worth: its mean IoU where there are masks, its agreement with the encoder without."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from cacl._support.distributed import rank_zero
+from cacl.agreement import MaskJudge
+from cacl.errors import InputError
+from cacl.prompts import BackgroundSet, PromptSet
+from cacl.runs.session import Session
+from cacl.settings import Encoder, Prompts
+from cacl.stages.contrast import known_words
+from cacl.stages.quality import Agreements, evaluate_agreement, labelled
+from cacl.stages.score import Score
+from cacl.stages.stage import Judged, Stage
+
+logger = logging.getLogger("cacl")
+
+SHARED = ("encoder", "judge")
+"""What is kept from one stage to the next where both are judged."""
+_VERSION = 1
+"""Raised when the figure changes though nothing that it follows from does."""
+
+
+def evaluate(session: Session, stage: Stage[Any]) -> None:
+    """Write down what a finished stage gives on the images that it is scored on, unless that is known."""
+    role = stage.scored_on or ""
+    dataset = session.datasets.get(role)
+    if dataset is None:
+        return
+    scored = stage.score is not None and bool(dataset.masked)
+    words = _words(session) if stage.judged is not None and labelled(dataset, 1) else None
+    if not scored and words is None:
+        return
+    name, settings, split = stage.name, session.settings(stage), session.splits[role]
+    with session.at(stage):
+        judging = () if words is None else (_depends(session, words),)
+        key = stage.score_key(session, settings, session.key_of(stage), split, session.fingerprints[role], *judging)
+    if rank_zero(lambda: session.files.metrics.get(name, {}).get("key") == key):
+        return
+    photos: list[tuple[str, float]] = []
+    with session.at(stage):
+        score = stage.score(session, settings, dataset) if scored and stage.score is not None else None
+        if words is not None and stage.judged is not None:
+            known = None if score is None else score.background_score
+            given = stage.judged(session, settings, dataset, known)
+            found = evaluate_agreement(_judge(session, words), dataset, given.masks, machine=session.machine)
+            score = replace(score or _unmeasured(given), judged=found.whole)
+            photos = [(dataset.entries[i].id, total) for i, total in _worst_first(found)]
+    assert score is not None
+    score = replace(score, split=split)
+    order = [each.name for each in session.chain]
+    rank_zero(lambda: session.files.keep_score(name, score, key, order, photos))
+    logger.info("%s: %s", name, score)
+
+
+def _words(session: Session) -> BackgroundSet | None:
+    """The background words to judge masks with; None where there are none, or no encoder that the run has anyway."""
+    used = session.given_criterion is None and any("encoder" in stage.uses for stage in session.chain)
+    if session.given_encoder is None and not used:
+        return None
+    try:
+        return known_words(session)
+    except InputError:  # CA-CL without background suppression, or another criterion, needs none
+        return None
+
+
+def _depends(session: Session, words: BackgroundSet) -> tuple[object, ...]:
+    known = {name: words.get(name) for name in session.train.classes}
+    return (_VERSION, session.table(Encoder), session.identity("encoder"), session.table(Prompts), known)
+
+
+def _judge(session: Session, words: BackgroundSet) -> MaskJudge:
+    prompts = PromptSet(session.table(Prompts).templates)
+    return session.shared(
+        "judge", lambda: MaskJudge(session.encoder, session.train.classes, prompts=prompts, backgrounds=words)
+    )
+
+
+def _unmeasured(given: Judged) -> Score:
+    return Score(given.what, None, {}, 0, crf=given.crf, background_score=given.background_score, auto=given.auto)
+
+
+def _worst_first(found: Agreements) -> list[tuple[int, float]]:
+    """Image and agreement; of those with none, the one comes first whose regions lie nearer to background words."""
+    ranked = sorted(found.photos.items(), key=lambda item: (item[1].total, item[1].evidence, item[0]))
+    return [(i, round(agreement.total, 4)) for i, agreement in ranked]
