@@ -140,7 +140,9 @@ def _trial(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int
         )
     records = [record for record in Log(folder / "log.jsonl").records() if record.get("stage") == stage]
     seconds = [batch_size / record["images_per_second"] for record in records]
-    return Trial(metrics["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan"))
+    return Trial(
+        metrics["fixed"]["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan")
+    )
 
 
 def _write(
@@ -171,7 +173,7 @@ def _write(
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
         "",
-        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['background_score']}, no "
+        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['fixed']['background_score']}, no "
         f"CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation. The oracle is the best background "
         "score. The paper's figures are those of CAMs on the split train of PASCAL VOC.",
         "",

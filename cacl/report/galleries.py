@@ -22,7 +22,7 @@ from cacl.pictures import heatmap, threshold
 from cacl.report.gallery import Gallery
 from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
-from cacl.stages.cams import CAMs, camnet, predict_cams
+from cacl.stages.cams import CAMs, camnet, own_scores, predict_cams
 from cacl.stages.irn import IRN, refine_cams
 from cacl.stages.stage import Judged
 
@@ -51,14 +51,18 @@ def step_gallery(session: Session) -> Gallery | None:
         for title, (stage, name) in places.items()
         if finished(session, stage) and (folder := session.folder(stage) / name).is_dir()
     }
-    titles = ["photo", "CAM", f"CAM at {BACKGROUND_SCORE}", "CAM + CRF", *kept]
+    score, lower = _score(session, "cams"), own_scores(dataset, cams).low
+    titles = ["photo", "CAM", f"CAM at {score:g}", f"CAM + CRF at {lower:g}", *kept]
     gallery = Gallery(dataset, [*titles, *_truth_title(dataset, chosen)])
-    for i, refined in refine_cams(dataset, cams, chosen, session.table(IRN), machine=session.machine):
+    refining = refine_cams(
+        dataset, cams, chosen, session.table(IRN), background_score=lower, machine=session.machine
+    )  # fmt: skip
+    for i, refined in refining:
         photo, id = _photo(dataset, i), dataset.entries[i].id
         found = cams_of(dataset, cams, i)
         maps = found.resized(photo.shape[:2])
         masks = (_mask(folder / f"{id}.png", photo) for folder in kept.values())
-        own = [photo, heatmap(photo, maps), threshold(found.classes, maps), refined, *masks]
+        own = [photo, heatmap(photo, maps), threshold(found.classes, maps, score), refined, *masks]
         gallery.add(i, [*own, *_truth(gallery, i)])
     return gallery
 
@@ -72,14 +76,15 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
     labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
-    titles = ["photo", *(["CAM after CA-CL", f"its mask at {BACKGROUND_SCORE}"] if labelled else [])]
+    score = _score(session, "cacl")
+    titles = ["photo", *(["CAM after CA-CL", f"its mask at {score:g}"] if labelled else [])]
     gallery = Gallery(dataset, [*titles, prediction_title(session), *_truth_title(dataset, chosen)])
     for i in chosen:
         photo = _photo(dataset, i)
         own: list[Pixels | Mask | None] = [photo]
         if labelled:
             maps = found[i].resized(photo.shape[:2])
-            own += [heatmap(photo, maps), threshold(found[i].classes, maps)]
+            own += [heatmap(photo, maps), threshold(found[i].classes, maps, score)]
         own.append(_mask(folder / f"{dataset.entries[i].id}.png", photo))
         gallery.add(i, [*own, *_truth(gallery, i)])
     return gallery if chosen else None
@@ -226,16 +231,23 @@ def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, 
     if not networks or not chosen:
         return None
     cams = [_cams(run, stage, dataset, chosen) for run, stage in networks.values()]
-    mask = [f"its mask at {BACKGROUND_SCORE}"] if masks else []
+    score = _score(*list(networks.values())[-1])
+    mask = [f"its mask at {score:g}"] if masks else []
     gallery = Gallery(dataset, ["photo", *networks, *mask, *_truth_title(dataset, chosen)])
     for i in chosen:
         photo = _photo(dataset, i)
         maps = [of[i].resized(photo.shape[:2]) for of in cams]
         own: list[Pixels | Mask | None] = [photo, *(heatmap(photo, each) for each in maps)]
         if masks:
-            own.append(threshold(cams[-1][i].classes, maps[-1]))
+            own.append(threshold(cams[-1][i].classes, maps[-1], score))
         gallery.add(i, [*own, *_truth(gallery, i)])
     return gallery
+
+
+def _score(session: Session, stage: str) -> float:
+    """The background score that the CAMs of a stage were scored at."""
+    known = session.files.scores().get(stage) or session.files.scores().get("cams")
+    return BACKGROUND_SCORE if known is None or known.background_score is None else known.background_score
 
 
 def _cams(session: Session, stage: str, dataset: Dataset, chosen: Sequence[int]) -> dict[int, ImageCAMs]:

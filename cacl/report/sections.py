@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from cacl import figures
 from cacl._support.files import read_json
-from cacl.constants import BACKGROUND_SCORE
 from cacl.errors import InputError
 from cacl.figures.style import duration
 from cacl.report.charts import chart
@@ -146,7 +145,7 @@ def cams(session: Session, gallery: Gallery | None, ablation: Ablation | None) -
         return section
     split = session.config.data.train if session.eval is None else session.config.data.eval
     about = (
-        f"Photos of the split {split}. A mask shows where a CAM is above the background score {BACKGROUND_SCORE} (the "
+        f"Photos of the split {split}. A mask shows where a CAM is above the background score that it is scored at (the "
         "paper's figure 4)."
     )
     section.blocks.append(Block(about, galleries=[("", gallery)]))
