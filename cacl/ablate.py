@@ -173,9 +173,10 @@ def _write(
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
         "",
-        f"Split {metrics['split']}, {metrics['images']} images, background score {metrics['fixed']['background_score']}, no "
-        f"CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation. The oracle is the best background "
-        "score. The paper's figures are those of CAMs on the split train of PASCAL VOC.",
+        f"Split {metrics['split']}, {metrics['images']} images, background score "
+        f"{metrics['fixed']['background_score']}, no CRF; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard "
+        "deviation. The oracle is the best background score. The paper's figures are those of CAMs on the split train "
+        "of PASCAL VOC.",
         "",
     ]
     write_text(path.with_suffix(".md"), "\n".join(text))

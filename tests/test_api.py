@@ -118,8 +118,8 @@ stages.segment.train_segmenter(net: DeepLabV2, dataset: Dataset, masks: Path, se
 stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, settings: Photos = {Photos}, *, machine:
     Machine = {Machine}, keep: bool = False) -> None
 photos.segment_photos(net: DeepLabV2, photos: Sequence[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
-    = {Photos}, *, crf: bool = True, range: Range | None = None, machine: Machine = {Machine}, desc: str = 'predict') ->
-    Iterator[tuple[int, R | InputError]]
+    = {Photos}, *, crf: bool = True, labels: Sequence[Sequence[int]] | None = None, range: Range | None = None, machine:
+    Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R | InputError]]
 predict.predict(model: str | os.PathLike[str], photos: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *,
     overlays: bool = False, crf: bool = True, longest: int | None = None, range: Range | None = None, device: str =
     'auto', workers: int | None = None, backend: Backend = 'auto', backbone: nn.Module | None = None, progress: bool =

@@ -732,3 +732,12 @@ def test_a_segmenter_goes_on_with_masks_of_its_own(root, tmp_path):
         }
     changed = run(root, whole.out, *more, "segment.lr=0.002", stages=["segment"])
     assert files(changed.out)["segment/rounds/1/model.pt"] != made["segment/rounds/1/model.pt"]
+
+
+def test_what_nobody_needs_is_done_when_it_is_asked_for(root, tmp_path):
+    names = [line.partition(":")[0] for line in pipeline.plan(configure(root, tmp_path / "out", "masks.affinity=none"))]
+    assert names == ["warmup", "cacl", "cams", "masks", "segment", "predict", "report"]
+    names = [line.partition(":")[0] for line in pipeline.plan(configure(root, tmp_path / "out"))]
+    assert names == list(pipeline.STAGES)
+    asked = pipeline.plan(configure(root, tmp_path / "out", "masks.affinity=none"), stages=["cams", "irn"])
+    assert asked == ["cams: needs cacl", "irn: needs cams"]

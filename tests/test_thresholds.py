@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cacl.artifacts import ImageCAMs, save_cams
+from cacl.crf import dense_crf
 from cacl.datasets import Dataset
+from cacl.mining import pseudo_mask, refine_maps
 from cacl.stages.cams import own_scores
 from cacl.thresholds import BINS, count_maxima, least_cross_entropy, otsu, split_scores
 
@@ -108,3 +110,40 @@ def drawn_dataset(tmp_path):
 
     entries = [Entry(str(i), tmp_path / f"{i}.jpg", (0,) if i % 2 else (0, 2), None) for i in range(4)]
     return Dataset(("a", "b", "c"), [*entries, Entry("none", tmp_path / "none.jpg", (), None)])
+
+
+def scene(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(classes)
+    photo = rng.integers(90, 110, (24, 32, 3), dtype=np.uint8)
+    photo[6:18, 8:24] += 90
+    maps = rng.random((classes, 6, 8)).astype(np.float32)
+    return photo, maps / maps.max((1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_crf_trusts_a_pixel_as_far_as_its_cam_is_clear(classes):
+    photo, maps = scene(classes)
+    indices, full = np.arange(classes)[::-1] + 4, ImageCAMs(np.arange(classes), maps).resized((24, 32))
+    made = refine_maps(photo, indices, maps, (0.3, 0.6))
+    for score, labels in zip((0.3, 0.6), made, strict=True):
+        weights = np.exp(10 * np.concatenate((np.full((1, 24, 32), score), full)))
+        after = dense_crf(photo, weights / weights.sum(0))
+        assert np.array_equal(labels, np.array([0, *(indices + 1)])[after.argmax(0)])
+    plain = refine_maps(photo, indices, maps, (0.5,), iterations=0)[0]
+    assert np.array_equal(plain, np.where(full.max(0) > 0.5, indices[full.argmax(0)] + 1, 0))
+    assert set(np.unique(plain)) == {0, *(indices + 1).tolist()}
+
+
+def test_a_pseudo_mask_is_open_where_two_scores_differ():
+    photo, maps = scene(2)
+    high, low = refine_maps(photo, [0, 1], maps, (0.7, 0.3))
+    mask = pseudo_mask(photo, [0, 1], maps, background_score=0.5, unsure=0.2)
+    assert np.array_equal(mask[high > 0], high[high > 0])
+    assert (mask[(high == 0) & (low == 0)] == 0).all()
+    assert (mask[(high == 0) & (low > 0)] == 255).all()
+    assert (mask == 255).any()
+    assert not pseudo_mask(photo, [], np.zeros((0, 6, 8)), background_score=0.5).any()
+    with pytest.raises(ValueError, match="`background_score` to be a number in"):
+        pseudo_mask(photo, [0, 1], maps, background_score=1.5)
+    with pytest.raises(ValueError, match="`maps` to be one map a class"):
+        refine_maps(photo, [0], maps, (0.5,))

@@ -145,8 +145,8 @@ def cams(session: Session, gallery: Gallery | None, ablation: Ablation | None) -
         return section
     split = session.config.data.train if session.eval is None else session.config.data.eval
     about = (
-        f"Photos of the split {split}. A mask shows where a CAM is above the background score that it is scored at (the "
-        "paper's figure 4)."
+        f"Photos of the split {split}. A mask shows where a CAM is above the background score that it is scored at "
+        "(the paper's figure 4)."
     )
     section.blocks.append(Block(about, galleries=[("", gallery)]))
     if ablation is None:

@@ -263,10 +263,8 @@ def _photo(dataset: Dataset, index: int) -> NDArray[np.uint8]:
 
 def _run(run: Context, settings: IRN, folder: Path, journal: Journal) -> None:
     make_labels(run.train, run.folder("cams") / "train", folder / "labels", settings, machine=run.machine, keep=True)
-    net = run.to_train(irnet(run))
-    train_irnet(
-        net, run.train, folder / "labels", settings, seed=run.seed, machine=run.machine, journal=journal
-    )  # fmt: skip
+    net, labels = run.to_train(irnet(run)), folder / "labels"
+    train_irnet(net, run.train, labels, settings, seed=run.seed, machine=run.machine, journal=journal)
     save_model(folder, net)
 
 
@@ -275,9 +273,8 @@ def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     chosen = run.table(CAMs).background_score
     score = own_scores(dataset, cams).low if chosen == "auto" else chosen
     matrix, images = evaluate_refined(dataset, cams, settings, background_score=score, machine=run.machine)
-    crf = settings.iterations > 0
-    what = "CAM + CRF" if crf else "CAM"
-    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=chosen == "auto")
+    what, crf, auto = "CAM + CRF" if settings.iterations else "CAM", settings.iterations > 0, chosen == "auto"
+    return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=auto)
 
 
 def _depends(run: Context, settings: IRN) -> tuple[object, ...]:
