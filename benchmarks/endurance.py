@@ -42,6 +42,7 @@ scenes = {{train = 24, val = 8, size = 96}}
 warmup = {{epochs = 4, batch_size = 8, crop = 64}}
 cacl = {{epochs = 8, batch_size = 8, crop = 64}}
 irn = {{epochs = 4, batch_size = 8, crop = 64}}
+masks = {{affinity = "irn"}}
 segment = {{epochs = 8, crop = 64}}
 report = {{images = 2}}
 """  # some 20 s on a core

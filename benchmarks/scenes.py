@@ -59,7 +59,7 @@ def main() -> None:
 def measure(out: Path, seed: int, settings: list[str]) -> dict[str, dict]:
     """One run and, for both stages, the figures of every class."""
     own = [f"run.out={out / f'seed-{seed}'}", f"run.seed={seed}", f"data.root={out / 'data'}"]
-    config = Config.load("scenes", [*own, *settings])
+    config = Config.load("scenes", [*own, "cams.background_score=0.15", *settings])
     result = pipeline.run(config, stages=STAGES)
     session = Session(config)
     figures = {}
