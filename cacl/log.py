@@ -50,8 +50,8 @@ class Log:
         self._keep(lambda record: record.get("stage") != stage or record.get("step", 0) <= step)
 
     def keep(self, stages: Collection[str]) -> None:
-        """Forget all but what some stages wrote, under their own names or with a number behind it."""
-        self._keep(lambda record: str(record.get("stage")).partition(" ")[0] in stages)
+        """Forget all but what some stages wrote."""
+        self._keep(lambda record: record.get("stage") in stages)
 
     def _keep(self, wanted: Callable[[Record], bool]) -> None:
         kept = filter(wanted, self.records())

@@ -39,7 +39,6 @@ SETTINGS = [
 ]  # fmt: skip
 STAGES = [stage.name for stage in CHAIN]
 """Without the report, which takes longer than all of them: where a test looks at it, stages are None."""
-SHORT = [name for name in STAGES if name != "irn"]
 
 
 @pytest.fixture
@@ -698,40 +697,6 @@ def test_colours_for_people_are_not_those_in_files(root, tmp_path, monkeypatch):
     mask = np.ones((4, 4), np.uint8)
     assert (overlay(np.zeros((4, 4, 3), np.uint8), mask) == (0.65 * colours[1]).astype(np.uint8)).all()
     assert f"#{colours[1].tobytes().hex()}" in (other.out / "report/index.html").read_text()
-
-
-def test_a_segmenter_goes_on_with_masks_of_its_own(root, tmp_path):
-    more = ["masks.affinity=none", "segment.rounds=2", "segment.epochs=4"]
-    whole = run(root, tmp_path / "whole", *more, stages=SHORT)
-    made = files(whole.out)
-    assert {f"segment/rounds/1/masks/{i}.png" for i in range(6)} | {"segment/rounds/1/model.pt"} <= set(made)
-    assert not [name for name in made if name.startswith("irn/") or "walk" in name]
-    steps = [(r["stage"], r["step"]) for r in Log(whole.out / "log.jsonl").records()]
-    assert [step for step in steps if step[0].startswith("segment")] == [
-        (stage, i) for stage in ("segment 1", "segment") for i in (1, 2, 3, 4)
-    ]
-    once = run(root, tmp_path / "once", "masks.affinity=none", "segment.epochs=2", stages=SHORT)
-    first = torch.load(whole.out / "segment/rounds/1/model.pt", weights_only=True)
-    other = torch.load(once.out / "segment/model.pt", weights_only=True)["weights"]
-    assert all(torch.equal(first[name], other[name]) for name in first)
-
-    # Stopped in either round, and while it relabels, it ends with the same files.
-    for stage, step in (("segment 1", 2), ("segment", 1), ("segment", 3)):
-
-        def stop(record, at=(stage, step)):
-            if (record["stage"], record["step"]) == at:
-                raise KeyboardInterrupt
-
-        out = tmp_path / f"{stage}-{step}"
-        with pytest.raises(KeyboardInterrupt):
-            run(root, out, *more, stages=SHORT, callback=stop)
-        (out / "segment/rounds/1/masks/3.png").unlink(missing_ok=True)
-        run(root, out, *more, stages=SHORT)
-        assert {name: data for name, data in files(out).items() if not name.startswith("report/")} == {
-            name: data for name, data in made.items() if not name.startswith("report/")
-        }
-    changed = run(root, whole.out, *more, "segment.lr=0.002", stages=["segment"])
-    assert files(changed.out)["segment/rounds/1/model.pt"] != made["segment/rounds/1/model.pt"]
 
 
 def test_what_nobody_needs_is_done_when_it_is_asked_for(root, tmp_path):

@@ -92,7 +92,7 @@ def test_the_processes_had_unequal_shares(trained):
 
 SMALL = [
     "scenes.train=11", "scenes.val=2", "scenes.size=64", "run.workers=0", "run.device=cpu", "warmup.epochs=0",
-    "cacl.epochs=0", "irn.epochs=0", "segment.epochs=0", "segment.rounds=2", "masks.iterations=2", "report.images=2",
+    "cacl.epochs=0", "irn.epochs=0", "segment.epochs=0", "masks.iterations=2", "report.images=2",
     "masks.affinity=irn",
 ]  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,10 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from cacl._support.distributed import barrier, rank, rank_zero
-from cacl._support.weights import load_state, load_weights
+from cacl._support.distributed import rank
+from cacl._support.weights import load_weights
 from cacl.constants import IGNORE
-from cacl.crf import check_backend
 from cacl.datasets import Dataset
 from cacl.deeplab import DeepLabV2, segmentation_loss
 from cacl.errors import InputError
@@ -22,8 +20,8 @@ from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.photos import save_segmenter
 from cacl.settings import BatchSize, CAMNetwork, Epochs, FileOrName, Machine, Schedule, Side, Switch, Training, Weight
-from cacl.stages.cams import camnet, save_model
-from cacl.stages.predict import Predict, evaluate_segmenter, relabel, trained_segmenter
+from cacl.stages.cams import camnet
+from cacl.stages.predict import Predict, evaluate_segmenter, trained_segmenter
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import fit
@@ -46,10 +44,6 @@ class Segment(Training):
     weights: FileOrName = "DEFAULT"
     """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
     epochs: Epochs = 18.9
-    """Of all rounds together."""
-    rounds: Annotated[int, Field(ge=1, le=10, strict=True)] = 1
-    """Parts of the training, of equal length. After each but the last the segmenter labels the training images anew,
-    their own labels known, and goes on with these masks."""
     batch_size: BatchSize = 10
     lr: Weight = 2.5e-4
     """Of the trunk."""
@@ -138,32 +132,10 @@ def new_segmenter(run: Context, settings: Segment, *, finished: bool = True) -> 
 def _run(run: Context, settings: Segment, folder: Path, journal: Journal) -> None:
     net = run.to_train(new_segmenter(run, settings))
     masks = run.folder("masks") / "train"
-    for number in range(1, settings.rounds):
-        masks = _round(run, net, masks, settings, folder / "rounds" / str(number), journal, number)
-    _train(run, net, masks, settings, journal)
+    train_segmenter(net, run.train, masks, settings, seed=run.seed, machine=run.machine, journal=journal)
     of_camnet = "" if run.identity("backbone") else run.table(CAMNetwork).backbone
     if rank() == 0:
         save_segmenter(folder / "model.pt", net, run.train.classes, settings.backbone or of_camnet, run.train.range)
-
-
-def _train(run: Context, net: DeepLabV2, masks: Path, settings: Segment, journal: Journal) -> None:
-    part = settings.model_copy(update={"epochs": settings.epochs / settings.rounds})
-    train_segmenter(net, run.train, masks, part, seed=run.seed, machine=run.machine, journal=journal)
-
-
-def _round(
-    run: Context, net: DeepLabV2, masks: Path, settings: Segment, folder: Path, journal: Journal, number: int
-) -> Path:
-    """A round but the last: the masks that it leaves. Its ``model.pt`` stands for its training."""
-    path = folder / "model.pt"
-    if not rank_zero(path.is_file):
-        own = replace(journal, key=f"{journal.key}-{number}", name=f"{journal.name or 'segment'} {number}")
-        _train(run, net, masks, settings, own)
-        save_model(folder, net)
-    with barrier():
-        load_weights(net, load_state(path), path)
-    relabel(net, run.train, folder / "masks", run.table(Predict), machine=run.machine, keep=True)
-    return folder / "masks"
 
 
 def _score(run: Context, settings: Segment, dataset: Dataset) -> Score:
@@ -172,20 +144,14 @@ def _score(run: Context, settings: Segment, dataset: Dataset) -> Score:
     return Score.of("DeepLabV2", matrix.iou, dataset.classes, images)
 
 
-def _depends(run: Context, settings: Segment) -> tuple[object, ...]:
-    own = () if settings.backbone else (run.table(CAMNetwork), run.identity("backbone"))
-    return own if settings.rounds == 1 else (*own, run.table(Predict), check_backend(run.machine.crf))
-
-
 STAGE = Stage(
     "segment",
     Segment,
     run=_run,
     title="segmentation",
     needs=("masks",),
-    files=("rounds",),
     also_needs=lambda settings: ("cacl",) if settings.weights == "cacl" else (),
-    depends=_depends,
+    depends=lambda run, settings: () if settings.backbone else (run.table(CAMNetwork), run.identity("backbone")),
     check=lambda run, settings: new_segmenter(
         run, settings, finished=settings.weights == "cacl" and run.finished("cacl")
     ),
