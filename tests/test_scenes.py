@@ -177,7 +177,7 @@ def test_all_stages_on_twelve_scenes_in_under_a_minute(tmp_path):
     start = time.monotonic()
     small = [
         "scenes.train=8", "scenes.val=4", "warmup.epochs=1", "cacl.epochs=1", "warmup.batch_size=4",
-        "cacl.batch_size=4", "irn.epochs=1", "irn.batch_size=4", "segment.epochs=1", "segment.batch_size=4",
+        "cacl.batch_size=4", "segment.epochs=1", "segment.batch_size=4",
         "run.workers=0",
     ]  # fmt: skip
     options = [part for setting in small for part in ("--set", setting)]
@@ -186,16 +186,18 @@ def test_all_stages_on_twelve_scenes_in_under_a_minute(tmp_path):
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 60
     out = tmp_path / "cacl-scenes"
-    assert set(json.loads((out / "metrics.json").read_text())) == {stage.name for stage in CHAIN if stage.score}
+    assert set(json.loads((out / "metrics.json").read_text())) == {
+        stage.name for stage in CHAIN if stage.score and not stage.on_demand
+    }
     assert f"picture: {out / 'report/cams.png'}" in done.stdout
     assert "cacl: CAM mIoU" in done.stdout
-    for name, columns in (("cams", 5), ("masks", 7)):
+    for name, columns in (("cams", 5), ("masks", 6)):
         with Image.open(out / f"report/{name}.png") as picture:
             assert picture.width > columns * 160 - 1
             assert picture.height > 4 * 160
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert again.stdout == done.stdout
-    assert again.stderr.count("finished before") == len(pipeline.STAGES)
+    assert again.stderr.count("finished before") == len(pipeline.STAGES) - 1  # without IRNet
 
 
 @pytest.mark.slow

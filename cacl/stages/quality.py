@@ -63,7 +63,7 @@ def evaluate_agreement(
     with barrier(), naming_dead_loaders():
         images = load_images(dataset, mine, machine.workers, pinned=machine.on_gpu)
         for index, image in watched(images, total=len(mine), desc="agreement", progress=machine.progress):
-            mask = torch.as_tensor(made_mask(dataset, masks, index))
+            mask = torch.as_tensor(made_mask(dataset, masks, index), device="cpu")
             # One by one: what is found of an image does not depend on the others, nor on the number of processes.
             photo = image[None].to(machine.device, non_blocking=True)
             own.append(judge(photo, mask[None], dataset.labels(index)[None])[0].double().cpu())
