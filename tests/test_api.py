@@ -115,8 +115,8 @@ stages.masks.make_masks(dataset: Dataset, cams: Path, out: Path, settings: Masks
     {Machine}, keep: bool = False) -> None
 stages.segment.train_segmenter(net: DeepLabV2, dataset: Dataset, masks: Path, settings: Segment = {Segment}, *, seed:
     int = 0, machine: Machine = {Machine}, journal: Journal = {Journal}) -> None
-stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, settings: Photos = {Photos}, *, machine:
-    Machine = {Machine}, keep: bool = False) -> None
+stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, settings: Photos = {Photos}, *, labelled:
+    bool = False, machine: Machine = {Machine}, keep: bool = False) -> None
 photos.segment_photos(net: DeepLabV2, photos: Sequence[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
     = {Photos}, *, crf: bool = True, labels: Sequence[Sequence[int]] | None = None, range: Range | None = None, machine:
     Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R | InputError]]

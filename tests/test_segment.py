@@ -17,7 +17,7 @@ from cacl.images import read_mask
 from cacl.metrics import ConfusionMatrix
 from cacl.photos import Photos, load_segmenter, mask_of, save_segmenter, segment_photos
 from cacl.settings import Machine
-from cacl.stages.predict import evaluate_segmenter, make_predictions, relabel
+from cacl.stages.predict import evaluate_segmenter, make_predictions
 from cacl.stages.segment import Segment, train_segmenter
 from cacl.transforms import normalize
 
@@ -191,7 +191,7 @@ def test_predictions_and_their_score(tmp_path, net, dataset):
 
 def test_images_are_labelled_anew_with_their_own_labels_only(dataset, tmp_path, net):
     """Against the network's probabilities, those of other classes taken away."""
-    relabel(net, dataset, tmp_path / "new", NO_CRF)
+    make_predictions(net, dataset, tmp_path / "new", NO_CRF, labelled=True)
     seen = set()
     for i, entry in enumerate(dataset.entries):
         values = net.predict(normalize(dataset.image(i))[None])[0]
@@ -201,9 +201,9 @@ def test_images_are_labelled_anew_with_their_own_labels_only(dataset, tmp_path, 
         assert np.array_equal(made, values.argmax(0).numpy())
         seen |= set(np.unique(made).tolist())
     assert seen == {0, 1, 2}
-    relabel(net, dataset, tmp_path / "two", NO_CRF, machine=Machine(workers=2))
+    make_predictions(net, dataset, tmp_path / "two", NO_CRF, labelled=True, machine=Machine(workers=2))
     for path in (tmp_path / "new").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     save_mask(tmp_path / "new/2.png", np.full((48, 64), 9, np.uint8))
-    relabel(net, dataset, tmp_path / "new", NO_CRF, keep=True)
+    make_predictions(net, dataset, tmp_path / "new", NO_CRF, labelled=True, keep=True)
     assert (read_mask(tmp_path / "new/2.png") == 9).all()

@@ -39,6 +39,7 @@ def make_predictions(
     out: Path,
     settings: Photos = Photos(),
     *,
+    labelled: bool = False,
     machine: Machine = Machine(),
     keep: bool = False,
 ) -> None:
@@ -48,9 +49,10 @@ def make_predictions(
 
     Args:
         net: the segmenter, on the machine's device.
-        dataset: the images; neither labels nor masks are looked at.
+        dataset: the images; masks are not looked at.
         out: folder of the files.
         settings: the CRF, and how large the network and it see a photo.
+        labelled: whether an image's mask holds its own labels and the background only; else no label is looked at.
         machine: where it is computed.
         keep: leave out images that have a file already.
 
@@ -58,35 +60,13 @@ def make_predictions(
         ValueError: if an image does not decode.
     """
     wanted = to_make(dataset, out, ".png", keep=keep)
-    photos = [dataset.entries[i].image for i in wanted]
-    saving = _Saving([out / f"{dataset.entries[i].id}.png" for i in wanted])
-    with barrier(), naming_dead_loaders():
-        for _, result in segment_photos(net, photos, saving, settings, range=dataset.range, machine=machine):
-            if isinstance(result, InputError):
-                raise result
-
-
-def relabel(
-    net: DeepLabV2,
-    dataset: Dataset,
-    out: Path,
-    settings: Photos = Photos(),
-    *,
-    machine: Machine = Machine(),
-    keep: bool = False,
-) -> None:
-    """As :func:`make_predictions`, but each image's mask holds the background and the image's own labels only.
-
-    Labels say what is seen, and so a segmenter that was trained on pseudo masks makes better ones of the images that it
-    was trained on.
-    """
-    wanted = to_make(dataset, out, ".png", keep=keep)
     entries = [dataset.entries[i] for i in wanted]
+    labels = [entry.labels for entry in entries] if labelled else None
     saving = _Saving([out / f"{entry.id}.png" for entry in entries])
     with barrier(), naming_dead_loaders():
         results = segment_photos(
-            net, [entry.image for entry in entries], saving, settings, labels=[entry.labels for entry in entries],
-            range=dataset.range, machine=machine, desc="relabel",
+            net, [entry.image for entry in entries], saving, settings, labels=labels, range=dataset.range,
+            machine=machine,
         )  # fmt: skip
         for _, result in results:
             if isinstance(result, InputError):
