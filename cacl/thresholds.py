@@ -53,7 +53,7 @@ def split_scores(counts: NDArray[np.integer]) -> Scores:
 
     Otsu's threshold lies above the score with the best mean IoU where most pixels are faint, that of Li and Lee below
     it: their middle was never more than half a point of mean IoU from the best, on sets whose best score lay between
-    0.18 and 0.29. Once a CRF has drawn the masks to the edges, the lower one is best.
+    0.18 and 0.33. Once a CRF has drawn the masks to the edges, the lower one is best.
 
     Args:
         counts: of :func:`count_maxima`, of all images together.
