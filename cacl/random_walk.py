@@ -1,9 +1,9 @@
-"""Random walk: seeds spread over an image until they meet an edge (IRNet, Ahn et al. 2019)."""
+"""Random walks: seeds spread over an image until they meet an edge (IRNet, Ahn et al. 2019), or another colour."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, reduce
 from itertools import product
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cacl._support.chebyshev import applied, of_power, of_restarts
 from cacl._support.checks import check_integer, check_positive, check_range, check_tensor, kind_of, shape
 from cacl.errors import expected
 
 Offset = tuple[int, int]
 """(dy, dx) in pixels, down and to the right."""
+RESTART = 0.02
+"""How often, a step, the walk of :func:`spread` starts again: it goes some 50 steps far."""
 
 
 def propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor:
@@ -58,15 +61,69 @@ def propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.
         dtype = torch.promote_types(cams.dtype, torch.float32)
         edges = edges.to(dtype)
         seeds = cams.to(dtype) * (1 - edges)
-        if seeds.numel() == 0:
-            return seeds.to(cams.dtype)
         # All that is left out of a row adds up to less than rounding does, whatever the number of steps.
         negligible = torch.finfo(dtype).eps / ((2 * radius) ** 2 * max(1, steps))
-        change = _change(edges, radius, beta, negligible)
-        walked = _walk(change, seeds.flatten(1).t().contiguous(), steps)
-        low, high = seeds.flatten(1).aminmax(dim=1)
-        # A mean never leaves the range of the seeds; what the series' rounding adds would, by some 1e-6.
-        return walked.t().clamp(low[:, None], high[:, None]).reshape(cams.shape).to(cams.dtype)
+        affinities = (
+            (offset, F.threshold((1 - edge).pow_(beta), negligible, 0.0)) for offset, edge in along_paths(edges, radius)
+        )
+        return _walked(seeds, affinities, radius, of_power(steps, torch.finfo(dtype).eps)).to(cams.dtype)
+
+
+def spread(cams: Tensor, photo: Tensor, *, radius: int = 5, colour: float = 5.0, restart: float = RESTART) -> Tensor:
+    r"""Spread seeds to near pixels of like colour by a random walk with restart: an affinity that nothing learns.
+
+    Two pixels less than ``radius`` apart have the affinity :math:`a_{ij} = e^{-|c_i - c_j|^2 / 2 \sigma^2}`, and each
+    pixel has the affinity 1 to itself. Every step of a walk over :math:`D^{-1} A, D_{ii} = \sum_j a_{ij}`, starts
+    again with the probability ``restart``, so that it never goes far from where the CAMs are (random walk with
+    restart; Grady 2006 has the affinity):
+
+    .. math:: r \sum_t (1 - r)^t (D^{-1} A)^t \, m = r \, (I - (1 - r) \, D^{-1} A)^{-1} m
+
+    Nothing is recorded for gradients; time and memory as for :func:`propagate`.
+
+    Args:
+        cams: the seeds of C classes, ``(C, h, w)``.
+        photo: the photo at their size, ``(3, h, w)``, with values up to 255, on the same device.
+        radius: how far apart neighbours may be in pixels; 1 has no neighbours.
+        colour: standard deviation σ in colour values (of 255).
+        restart: r in (0, 1]; 1 gives the seeds.
+
+    Returns:
+        ``(C, h, w)`` of the type of ``cams``; computed in float32, or in float64 if ``cams`` are. Every value lies
+        within the range of its class's seeds.
+
+    Raises:
+        ValueError: if the shapes or devices differ, a value is not finite, or a setting is out of range.
+
+    Example:
+        >>> photo = torch.tensor([0.0, 0.0, 255.0]).expand(3, 1, 3)
+        >>> spread(torch.tensor([[[1.0, 0.0, 0.0]]]), photo, restart=0.5)
+        tensor([[[0.7500, 0.2500, 0.0000]]])
+    """
+    check_tensor("cams", cams, "(C, h, w)")
+    check_tensor("photo", photo, "(3, h, w)")
+    if len(photo) != 3 or photo.shape[1:] != cams.shape[1:] or 0 in photo.shape:
+        raise expected("photo", f"of three colours and the size of `cams` {tuple(cams.shape[1:])}", shape(photo))
+    if photo.device != cams.device:
+        raise expected("photo", f"on the device of `cams`, {cams.device}", photo.device)
+    for name, values in (("cams", cams), ("photo", photo)):
+        if not bool(values.detach().isfinite().all()):
+            raise expected(name, "finite", "NaN or infinity")
+    check_positive("radius", radius)
+    check_range("colour", colour, 1e-3, float("inf"))
+    check_range("restart", restart, 1e-4, 1)
+    with torch.no_grad(), torch.autocast(cams.device.type, enabled=False):
+        dtype = torch.promote_types(cams.dtype, torch.float32)
+        colours = photo.to(dtype)
+        negligible = torch.finfo(dtype).eps / (2 * radius) ** 2 * restart
+
+        def affinities() -> Iterator[tuple[Offset, Tensor]]:
+            for (dy, dx), first, second in _pairs(colours, radius):
+                apart = (first - second).square_().sum(0)
+                yield (dy, dx), F.threshold(apart.mul_(-0.5 / colour**2).exp_(), negligible, 0.0)
+
+        series = of_restarts(restart, torch.finfo(dtype).eps)
+        return _walked(cams.to(dtype), affinities(), radius, series).to(cams.dtype)
 
 
 @lru_cache
@@ -173,7 +230,30 @@ def _check(cams: Tensor, edges: Tensor) -> None:
         raise expected("cams", "finite", "NaN or infinity")
 
 
-def _change(edges: Tensor, radius: int, beta: float, negligible: float) -> Tensor:
+def _pairs(maps: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor, Tensor]]:
+    """``(..., h, w)`` of the first and of the second pixel of all pairs, one offset of the half disc at a time."""
+    height, width = maps.shape[-2:]
+    for (dy, dx), _ in paths(radius):
+        rows, columns, left = height - dy, width - abs(dx), max(0, -dx)
+        if rows > 0 and columns > 0:
+            second = maps[..., dy:, left + dx : left + dx + columns]
+            yield (dy, dx), maps[..., :rows, left : left + columns], second
+
+
+def _walked(
+    seeds: Tensor, affinities: Iterable[tuple[Offset, Tensor]], radius: int, series: tuple[float, ...]
+) -> Tensor:
+    """Seeds ``(C, h, w)`` after a walk: a series of Chebyshev polynomials of D⁻¹A that adds up to 1."""
+    if seeds.numel() == 0:
+        return seeds
+    change = _change(seeds[0], radius, affinities)
+    walked = applied(change, seeds.flatten(1).t().contiguous(), series)
+    low, high = seeds.flatten(1).aminmax(dim=1)
+    # A mean never leaves the range of the seeds; what the series' rounding adds would, by some 1e-6.
+    return walked.t().clamp(low[:, None], high[:, None]).reshape(seeds.shape)
+
+
+def _change(like: Tensor, radius: int, affinities: Iterable[tuple[Offset, Tensor]]) -> Tensor:
     """What a step adds to each pixel: the sparse matrix D⁻¹A − I, ``(hw, hw)``.
 
     All rows have an entry for every offset of the disc, so that it needs neither sorting nor counting; neighbours
@@ -181,15 +261,17 @@ def _change(edges: Tensor, radius: int, beta: float, negligible: float) -> Tenso
     closed in gives and takes, some 1e-5 a step.
 
     Args:
-        negligible: affinities up to this count as 0. Products with denormal numbers take several times as long.
+        like: ``(h, w)``, of the wanted type and device.
+        radius: of the disc.
+        affinities: of the pairs of each offset of the half disc, as :func:`along_paths` has them. None is so small
+            that it would be denormal once it is divided: products with such numbers take several times as long.
     """
-    height, width = edges.shape
+    height, width = like.shape
     half = [offset for offset, _ in paths(radius)]
     disc = sorted([(0, 0), *half, *((-dy, -dx) for dy, dx in half)])
     place = {offset: i for i, offset in enumerate(disc)}
-    weights = edges.new_zeros(height, width, len(disc))
-    for (dy, dx), edge in along_paths(edges, radius):
-        affinity = F.threshold((1 - edge).pow_(beta), negligible, 0.0)
+    weights = like.new_zeros(height, width, len(disc))
+    for (dy, dx), affinity in affinities:
         left, columns = max(0, -dx), width - abs(dx)
         weights[: height - dy, left : left + columns, place[dy, dx]] = affinity
         weights[dy:, left + dx : left + dx + columns, place[-dy, -dx]] = affinity
@@ -199,51 +281,11 @@ def _change(edges: Tensor, radius: int, beta: float, negligible: float) -> Tenso
 
     # int32 has half of int64's bytes to read, and is what MKL, behind the CPU's products, would convert int64 to.
     dtype = torch.int32 if weights.numel() < 2**31 else torch.int64
-    pixels = torch.arange(edges.numel() + 1, dtype=dtype, device=edges.device)
-    moves = torch.tensor([dy * width + dx for dy, dx in disc], dtype=dtype, device=edges.device)
-    neighbours = (pixels[:-1, None] + moves).clamp_(0, edges.numel() - 1)
+    pixels = torch.arange(like.numel() + 1, dtype=dtype, device=like.device)
+    moves = torch.tensor([dy * width + dx for dy, dx in disc], dtype=dtype, device=like.device)
+    neighbours = (pixels[:-1, None] + moves).clamp_(0, like.numel() - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch calls all of CSR "beta"
         return torch.sparse_csr_tensor(
-            pixels * len(disc), neighbours.flatten(), weights.flatten(), device=edges.device, check_invariants=False
+            pixels * len(disc), neighbours.flatten(), weights.flatten(), device=like.device, check_invariants=False
         )
-
-
-def _walk(change: Tensor, x: Tensor, steps: int) -> Tensor:
-    """(I + ``change``) ** ``steps`` @ ``x``, of a matrix M = I + ``change`` with real eigenvalues in [−1, 1].
-
-    D⁻¹A has them: it is similar to the symmetric D^-½ A D^-½. A power of it is then a short series of Chebyshev
-    polynomials T_k: 84 products in float32 for 256 steps. Their recurrence T_k+1 = 2 M T_k − T_k-1 is,
-    with the differences d_k+1 = T_k+1 − T_k, the same as d_k+1 = d_k + 2 (M − I) T_k, which rounds less.
-    """
-    coefficients = _chebyshev(steps, torch.finfo(x.dtype).eps)
-    result, current, difference = coefficients[0] * x, x.clone(), torch.zeros_like(x)
-    for order, coefficient in enumerate(coefficients[1:], start=1):
-        difference = torch.addmm(difference, change, current, alpha=1 if order == 1 else 2)
-        current += difference
-        if coefficient:
-            result.add_(current, alpha=coefficient)
-    return result
-
-
-@lru_cache
-def _chebyshev(steps: int, tolerance: float) -> tuple[float, ...]:
-    r"""The coefficients of T_0, T_1, … whose sum is x ** ``steps`` to ``tolerance``, on all of [−1, 1].
-
-    :math:`x^n = 2^{1-n} \sum_k \binom{n}{(n-k)/2} T_k(x)` over the k ≤ n of n's parity, that of k = 0 halved. They
-    fall like exp(−k²/2n). They are made to add up to 1, so that what is constant stays constant.
-    """
-    order = steps % 2
-    terms = [1.0]  # each next to the first one
-    while order < steps and terms[-1] > tolerance**2:
-        terms.append(terms[-1] * (steps - order) / (steps + order + 2))
-        order += 2
-    if steps % 2 == 0:
-        terms[0] /= 2
-    left_out, allowed = 0.0, tolerance * sum(terms)
-    while left_out + terms[-1] <= allowed:
-        left_out += terms.pop()
-    total = sum(terms)
-    result = [0.0] * (steps % 2 + 2 * len(terms) - 1)
-    result[steps % 2 :: 2] = [term / total for term in terms]
-    return tuple(result)

@@ -109,7 +109,7 @@ stages.irn.make_labels(dataset: Dataset, cams: Path, out: Path, settings: IRN = 
     keep: bool = False) -> None
 stages.irn.train_irnet(net: IRNet, dataset: Dataset, labels: Path, settings: IRN = {IRN}, *, seed: int = 0, machine:
     Machine = {Machine}, journal: Journal = {Journal}) -> None
-stages.masks.walk_cams(net: IRNet, dataset: Dataset, cams: Path, out: Path, settings: Walk = {Walk}, *, machine: Machine
+stages.masks.walk_cams(net: IRNet | None, dataset: Dataset, cams: Path, out: Path, settings: Walk = {Walk}, *, machine: Machine
     = {Machine}, keep: bool = False) -> None
 stages.masks.make_masks(dataset: Dataset, cams: Path, out: Path, settings: Masks = {Masks}, *, machine: Machine =
     {Machine}, keep: bool = False) -> None
@@ -136,6 +136,8 @@ irn.IRNOutput(edges, displacements)
 irn.affinity_loss(edges: Tensor, displacements: Tensor, labels: Tensor, *, radius: int = 10, across: bool = False) ->
     IRNTerms
 random_walk.propagate(cams: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10.0, steps: int = 256) -> Tensor
+random_walk.spread(cams: Tensor, photo: Tensor, *, radius: int = 5, colour: float = 5.0, restart: float = 0.02) ->
+    Tensor
 metrics.ConfusionMatrix(num_classes: int) -> None
 metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
     num_classes: int, *, scores: Sequence[float] = ({scores})) -> Sweep

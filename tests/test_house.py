@@ -168,6 +168,7 @@ def test_no_room_is_too_full():
         (mining.crf_labels, IRN()),
         (irn.affinity_loss, IRN()),
         (random_walk.propagate, Masks()),
+        (random_walk.spread, Masks()),
         (training.Loop, Training(epochs=1, lr=0, schedule="cosine")),
         (training.Loop, Run()),
         (log.Journal, Run()),

@@ -17,7 +17,7 @@ from cacl.irn import IRNet
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
 from cacl.mining import mine_labels
-from cacl.random_walk import propagate
+from cacl.random_walk import propagate, spread
 from cacl.settings import Machine
 from cacl.stages.cams import evaluate_cams, own_scores
 from cacl.stages.irn import IRN, evaluate_refined, make_labels, refine_cams, train_irnet
@@ -138,6 +138,17 @@ def test_the_walk_is_that_of_the_networks_edges(dataset, cams, tmp_path):
         np.testing.assert_allclose(stored.maps, walked.numpy(), atol=1e-3)
 
 
+def test_the_walk_over_colours_is_that_of_the_photo(dataset, cams, tmp_path):
+    walk_cams(None, dataset, cams, tmp_path / "walk", Walk(power=2.0, radius=3, colour=20.0))
+    for i, entry in enumerate(dataset.entries):
+        seeds = torch.from_numpy(load_cams(cams / f"{entry.id}.npz", 2).maps).float() ** 2
+        photo = dataset.image(i).float()
+        photo = photo.view(3, 12, 4, 16, 4).mean((2, 4))  # of 48 x 64 pixels
+        walked = spread(seeds, photo, radius=3, colour=20.0)
+        stored = load_cams(tmp_path / f"walk/{entry.id}.npz", 2)
+        np.testing.assert_allclose(stored.maps, (walked / walked.max()).numpy(), atol=2e-3)
+
+
 @pytest.mark.parametrize("unsure", [0.0, 0.1])
 def test_masks_are_foreground_background_or_unsure(dataset, cams, tmp_path, unsure):
     make_masks(dataset, cams, tmp_path / "masks", Masks(background_score=0.4, unsure=unsure, iterations=0))
@@ -180,7 +191,9 @@ def test_an_image_without_a_label_is_background(dataset, cams, tmp_path):
     alone = Dataset(dataset.classes, [entry])
     save_cams(cams / "0.npz", ImageCAMs(np.zeros(0, np.int64), np.zeros((0, 12, 16), np.float16)))
     make_labels(alone, cams, tmp_path / "labels")
-    walk_cams(net(), alone, cams, tmp_path / "walk")
+    for network in (None, net()):
+        walk_cams(network, alone, cams, tmp_path / "walk")
+        assert not load_cams(tmp_path / "walk/0.npz", 2).maps.size
     make_masks(alone, tmp_path / "walk", tmp_path / "masks")
     for path in (tmp_path / "labels/0.png", tmp_path / "masks/0.png"):
         assert not read_mask(path).any()
@@ -203,7 +216,8 @@ def test_odd_images(tmp_path):
     dataset = CSVDataset(tmp_path, "train")
     make_labels(dataset, tmp_path / "cams", tmp_path / "labels")
     train(net(), dataset, tmp_path / "labels", epochs=1)
-    walk_cams(net(), dataset, tmp_path / "cams", tmp_path / "walk")
+    for network in (None, net()):
+        walk_cams(network, dataset, tmp_path / "cams", tmp_path / "walk")
     make_masks(dataset, tmp_path / "walk", tmp_path / "masks")
     for name, size in sizes.items():
         assert read_mask(tmp_path / f"masks/{name}.png").shape == size

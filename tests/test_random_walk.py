@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import product
@@ -14,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cacl.random_walk import _chebyshev, along_paths, paths, propagate
+from cacl._support.chebyshev import of_power, of_restarts
+from cacl.random_walk import along_paths, paths, propagate, spread
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "random_walk.py"
 
@@ -201,11 +203,78 @@ def test_errors(cams, edges, options, message):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 6, 256, 100_001])
 def test_the_series_is_the_power(steps):
-    coefficients = _chebyshev(steps, 1e-7)
+    coefficients = of_power(steps, 1e-7)
     assert len(coefficients) <= 1 + min(steps, 6 * steps**0.5)
     x = torch.linspace(-1, 1, 999, dtype=torch.float64)
     series = sum(c * torch.cos(k * torch.arccos(x)) for k, c in enumerate(coefficients))
     torch.testing.assert_close(series, x**steps, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("restart", [1e-3, 0.02, 0.5, 1.0])
+def test_the_series_is_the_walk_with_restart(restart):
+    coefficients = of_restarts(restart, 1e-7)
+    x = torch.linspace(-1, 1, 999, dtype=torch.float64)
+    series = sum(c * torch.cos(k * torch.arccos(x)) for k, c in enumerate(coefficients))
+    torch.testing.assert_close(series, restart / (1 - (1 - restart) * x), rtol=0, atol=1e-6)
+
+
+def colour_walk(cams, photo, radius, colour, restart):
+    """The walk with restart in float64 as one linear system, pair by pair."""
+    size = cams.shape[1:]
+    pixels, values = list(product(*map(range, size))), photo.double().flatten(1).t().numpy()
+    matrix = np.eye(len(pixels))
+    for (i, a), (j, b) in product(enumerate(pixels), repeat=2):
+        if i != j and (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < radius**2:
+            matrix[i, j] = math.exp(-((values[i] - values[j]) ** 2).sum() / (2 * colour**2))
+    matrix /= matrix.sum(1, keepdims=True)
+    seeds = cams.double().flatten(1).t().numpy()
+    system = np.eye(len(pixels)) - (1 - restart) * matrix
+    return torch.from_numpy(np.linalg.solve(system, restart * seeds).T).reshape(cams.shape)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.float64, 1e-11), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("size", [(9, 7), (4, 12), (1, 9), (9, 1), (3, 2), (1, 1)])
+def test_equals_the_walk_over_colours_as_a_linear_system(rand, size, dtype, tolerance):
+    cams, photo = rand(3, *size).to(dtype), (60 * rand(3, *size)).to(dtype)
+    ours = spread(cams, photo, colour=9.0)
+    assert ours.dtype == dtype
+    assert_equal(ours, colour_walk(cams, photo, 5, 9.0, 0.02), tolerance)
+
+
+@pytest.mark.parametrize(("radius", "restart"), [(1, 0.02), (2, 0.5), (3, 1.0), (8, 1e-3)])
+def test_radius_and_restart_of_the_walk_over_colours(rand, radius, restart):
+    cams, photo = rand(2, 6, 8).double(), 60 * rand(3, 6, 8).double()
+    ours = spread(cams, photo, radius=radius, colour=20.0, restart=restart)
+    assert_equal(ours, colour_walk(cams, photo, radius, 20.0, restart), 1e-9)
+
+
+def test_a_seed_stays_in_its_colour():
+    photo = torch.zeros(3, 8, 8)
+    photo[:, :, 4:] = 100
+    seeds = torch.zeros(1, 8, 8)
+    seeds[0, 3, 1] = 1
+    walked = spread(seeds, photo)
+    assert walked[..., :4].min() > 0.01
+    assert not walked[..., 4:].any()
+    assert not spread(seeds[:0], photo).numel()
+
+
+@pytest.mark.parametrize(
+    ("cams", "photo", "options", "message"),
+    [
+        (CAMS, torch.zeros(3, 2, 2), {}, "`photo` to be of three colours and the size of `cams` "),
+        (CAMS, torch.zeros(1, *EDGES.shape), {}, "`photo` to be of three colours and the size of `cams` "),
+        (CAMS, torch.full((3, *EDGES.shape), float("nan")), {}, "`photo` to be finite"),
+        (CAMS * float("inf"), torch.zeros(3, *EDGES.shape), {}, "`cams` to be finite"),
+        (CAMS, torch.zeros(3, *EDGES.shape), {"colour": 0}, "`colour` to be a number"),
+        (CAMS, torch.zeros(3, *EDGES.shape), {"restart": 0}, "`restart` to be a number"),
+        (CAMS, torch.zeros(3, *EDGES.shape), {"radius": 0}, "`radius` to be a positive integer, but got 0"),
+    ],
+)
+def test_errors_of_the_walk_over_colours(cams, photo, options, message):
+    with pytest.raises(ValueError, match=f"^Expected argument {message}.*") as error:
+        spread(cams, photo, **options)
+    assert "\n" not in str(error.value)
 
 
 def test_memory_grows_with_the_pixels_not_with_their_square(rand):

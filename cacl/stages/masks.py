@@ -1,4 +1,4 @@
-"""The stage ``masks``: pseudo masks of CAMs, or of what a random walk up to IRNet's edges makes of them."""
+"""The stage ``masks``: pseudo masks of what a random walk makes of CAMs, over the photo's colours or IRNet's edges."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from cacl._support.distributed import barrier
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
+from cacl.constants import IMAGENET_STD
 from cacl.crf import check_backend
 from cacl.datasets import Dataset
 from cacl.irn import IRNet
 from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.mining import pseudo_mask
-from cacl.random_walk import propagate
-from cacl.settings import CRF, Count, Machine, Radius, Share, Table, Weight
+from cacl.random_walk import propagate, spread
+from cacl.settings import CRF, Count, Machine, Radius, Share, Sigma, Table, Weight
 from cacl.stages.cams import cam_score, own_scores
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
 from cacl.stages.score import Score
@@ -31,24 +32,26 @@ from cacl.stages.stage import Context, Judged, Stage
 
 
 class Walk(Table):
-    """The random walk (IRNet, Ahn et al. 2019, section 5; see :func:`cacl.random_walk.propagate`)."""
+    """The random walk: that of IRNet (:func:`cacl.random_walk.propagate`) or over colours (:func:`~.spread`)."""
 
     power: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
     """Of the CAMs before the walk; above 1 for CAMs that reach far beyond the objects."""
     radius: Radius = 5
     """In pixels of the stride-4 grid, of the neighbours of a step."""
     beta: Weight = 10.0
-    """Power of the affinity: the larger, the less passes an edge."""
+    """IRNet: power of the affinity: the larger, the less passes an edge."""
     steps: Count = 256
-    """Of the walk."""
+    """IRNet: steps of the walk."""
+    colour: Sigma = 5.0
+    """Colours: the standard deviation, of 255, of the affinity."""
 
 
 class Masks(CRF, Walk):
     """``[masks]``: random walk and pseudo masks."""
 
-    affinity: Literal["none", "irn"] = "none"
-    """``"irn"`` trains IRNet, and spreads the CAMs by a random walk up to its edges first; ``"none"`` leaves the edges
-    to the CRF."""
+    affinity: Literal["none", "colour", "irn"] = "colour"
+    """What a random walk spreads the CAMs over before the CRF: ``"colour"`` pixels of like colour, ``"irn"`` all up to
+    the edges of IRNet, which is trained for it; ``"none"`` is no walk."""
     background_score: Share | Literal["auto"] = "auto"
     """A pixel whose largest value is not above this is background; ``"auto"`` is the lower one of the two scores that
     the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
@@ -57,7 +60,7 @@ class Masks(CRF, Walk):
 
 
 def walk_cams(
-    net: IRNet,
+    net: IRNet | None,
     dataset: Dataset,
     cams: Path,
     out: Path,
@@ -66,13 +69,13 @@ def walk_cams(
     machine: Machine = Machine(),
     keep: bool = False,
 ) -> None:
-    """Write the CAMs of every image after a random walk up to the edges (IRNet, Ahn et al. 2019, section 5).
+    """Write the CAMs of every image after a random walk (IRNet, Ahn et al. 2019, section 5).
 
     ``<id>.npz`` has them divided by their largest value, as :func:`cacl.artifacts.load_cams` reads them. Shared out
     over processes as :func:`cacl.stages.cams.make_cams` is.
 
     Args:
-        net: gives the edges; on the machine's device.
+        net: gives the edges; on the machine's device. With None the walk is over the photo's colours.
         dataset: the images and their labels.
         cams: folder of :func:`cacl.stages.cams.make_cams`.
         out: folder of the files.
@@ -88,17 +91,43 @@ def walk_cams(
     with barrier(), naming_dead_loaders():
         for index, image in watched(images, total=len(wanted), desc="random walk", progress=machine.progress):
             photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
-            walked = walk(cams_of(dataset, cams, index), net.predict(photo)[0], settings)
+            found = cams_of(dataset, cams, index)
+            walked = (
+                walk_colours(found, photo[0], settings) if net is None else walk(found, net.predict(photo)[0], settings)
+            )
             save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 
 def walk(cams: ImageCAMs, edges: Tensor, settings: Walk = Walk()) -> ImageCAMs:
     """CAMs after a random walk over ``(h, w)`` edge probabilities, divided by the largest value of all classes."""
-    seeds = torch.from_numpy(cams.maps).to(edges.device, torch.float32) ** settings.power
-    if len(cams.classes) and seeds.shape[1:] != edges.shape:
-        seeds = F.interpolate(seeds[None], size=edges.shape, mode="bilinear", align_corners=False)[0]
-    seeds = seeds.reshape(len(cams.classes), *edges.shape)
-    result = propagate(seeds, edges, radius=settings.radius, beta=settings.beta, steps=settings.steps)
+    seeds = _seeds_of(cams, edges.shape, edges.device, settings)
+    return _divided(cams, propagate(seeds, edges, radius=settings.radius, beta=settings.beta, steps=settings.steps))
+
+
+def walk_colours(cams: ImageCAMs, image: Tensor, settings: Walk = Walk()) -> ImageCAMs:
+    """CAMs after a random walk over the colours of an image, divided by the largest value of all classes.
+
+    Args:
+        cams: ``(C, h, w)``.
+        image: ``(3, H, W)``, normalised with ImageNet's statistics; it has the walk's device.
+        settings: of the walk.
+    """
+    seeds = _seeds_of(cams, cams.maps.shape[1:], image.device, settings)
+    if not len(seeds):
+        return cams
+    deviation = 255 * torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1)
+    photo = F.interpolate(image[None].float(), size=cams.maps.shape[1:], mode="area")[0] * deviation
+    return _divided(cams, spread(seeds, photo, radius=settings.radius, colour=settings.colour))
+
+
+def _seeds_of(cams: ImageCAMs, size: tuple[int, ...], device: torch.device, settings: Walk) -> Tensor:
+    seeds = torch.from_numpy(cams.maps).to(device, torch.float32) ** settings.power
+    if len(cams.classes) and seeds.shape[1:] != size:
+        seeds = F.interpolate(seeds[None], size=size, mode="bilinear", align_corners=False)[0]
+    return seeds.reshape(len(cams.classes), *size)
+
+
+def _divided(cams: ImageCAMs, result: Tensor) -> ImageCAMs:
     if len(result):
         result = result / result.max().clamp(min=1e-5)
     return ImageCAMs(cams.classes, result.half().cpu().numpy())
@@ -137,14 +166,14 @@ def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> float:
 
 def _seeds(run: Context, settings: Masks) -> Path:
     """What the masks are made of."""
-    walked = settings.affinity == "irn"
+    walked = settings.affinity != "none"
     return run.folder("masks") / "walk" if walked else run.folder("cams") / "train"
 
 
 def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
     seeds = _seeds(run, settings)
-    if settings.affinity == "irn":
-        net, cams = irnet(run, "irn"), run.folder("cams") / "train"
+    if settings.affinity != "none":
+        net, cams = irnet(run, "irn") if settings.affinity == "irn" else None, run.folder("cams") / "train"
         walk_cams(net, run.train, cams, seeds, settings, machine=run.machine, keep=True)
     make_masks(run.train, seeds, folder / "train", settings, machine=run.machine, keep=True)
 
@@ -154,7 +183,7 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     score = _score_of(dataset, seeds, settings)
     matrix, images = evaluate_refined(dataset, seeds, settings, background_score=score, machine=run.machine)
     alone = None
-    if settings.affinity == "irn":
+    if settings.affinity != "none":
         alone = replace(cam_score(run, seeds, dataset, score), what="random walk alone")
     return Score.of(
         "pseudo masks", matrix.iou, dataset.classes, images, crf=settings.iterations > 0, background_score=score,
@@ -175,7 +204,7 @@ STAGE = Stage(
     title="pseudo masks",
     needs=("cams",),
     also_needs=lambda settings: ("irn",) if settings.affinity == "irn" else (),
-    version=2,
+    version=3,
     files=("walk", "train"),
     depends=lambda run, settings: (check_backend(run.machine.crf),),
     check=lambda run, settings: check_backend(run.machine.crf),
