@@ -63,7 +63,10 @@ def compare(folder: Path, *, backbone: nn.Module | None = None, progress: bool =
     with tempfile.TemporaryDirectory() as truth:
         write_truth(run.train, Path(truth))
         train_segmenter(net, run.train, Path(truth), settings, seed=run.seed, machine=run.machine)
-    found: dict[str, Any] = {"images": len(run.train), "pseudo_masks": quality(run.train, run.folder("masks") / "train")}
+    found: dict[str, Any] = {
+        "images": len(run.train),
+        "pseudo_masks": quality(run.train, run.folder("masks") / "train"),
+    }
     for name, stage, crf in (("network", "segment", False), ("crf", "predict", True)):
         known = own[stage].miou
         true = evaluate_segmenter(net, seen, shown, machine=run.machine, crf=crf)[0].miou

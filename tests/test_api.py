@@ -109,8 +109,8 @@ stages.irn.make_labels(dataset: Dataset, cams: Path, out: Path, settings: IRN = 
     keep: bool = False) -> None
 stages.irn.train_irnet(net: IRNet, dataset: Dataset, labels: Path, settings: IRN = {IRN}, *, seed: int = 0, machine:
     Machine = {Machine}, journal: Journal = {Journal}) -> None
-stages.masks.walk_cams(net: IRNet | None, dataset: Dataset, cams: Path, out: Path, settings: Walk = {Walk}, *, machine: Machine
-    = {Machine}, keep: bool = False) -> None
+stages.masks.walk_cams(net: IRNet | None, dataset: Dataset, cams: Path, out: Path, settings: Walk = {Walk}, *, machine:
+    Machine = {Machine}, keep: bool = False) -> None
 stages.masks.make_masks(dataset: Dataset, cams: Path, out: Path, settings: Masks = {Masks}, *, machine: Machine =
     {Machine}, keep: bool = False) -> None
 stages.segment.train_segmenter(net: DeepLabV2, dataset: Dataset, masks: Path, settings: Segment = {Segment}, *, seed:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from cacl import BackgroundSet, PromptSet
-from cacl.datasets import COCO, check_folder
+from cacl import BackgroundSet, PromptSet, pipeline
+from cacl.config import Config
+from cacl.datasets import COCO, check_folder, open_dataset
 from cacl.images import read_image
 from cacl.transforms import RandomView
 
@@ -182,3 +183,21 @@ def test_chain_goes_through_every_stage(tmp_path: Path) -> None:
     # 20 epochs of 10 582 images at the measured rate
     hours = 20 * 10582 / stages["cacl"]["training images/s"] / 3600
     assert stages["cacl"]["hours of a VOC run"] == pytest.approx(hours)
+
+
+def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path) -> None:
+    ceiling = load("ceiling")
+    short = ["scenes.train=6", "scenes.val=3", "scenes.size=48", "cams.scales=[1.0]", "segment.batch_size=2"]
+    short += [f"{stage}.epochs={epochs}" for stage, epochs in (("warmup", 1), ("cacl", 0.5), ("segment", 4))]
+    config = Config.load("scenes", [f"run.out={tmp_path}", f"data.root={tmp_path / 'data'}", "run.workers=0", *short])
+    pipeline.run(config, stages=["warmup", "cacl", "cams", "masks"])
+    ceiling.write_truth(open_dataset("scenes", tmp_path / "data", "train"), tmp_path / "masks" / "train")
+    pipeline.run(config, stages=["segment", "predict"])
+    found = ceiling.compare(tmp_path, progress=False)
+    assert found["images"] == 6
+    assert found["pseudo_masks"] == 1
+    for name, stage in (("network", "segment"), ("crf", "predict")):
+        known = json.loads((tmp_path / "metrics.json").read_text())[stage]["miou"]
+        assert found[name]["pseudo"] == known > 0
+        assert found[name]["true"] == pytest.approx(known, abs=1e-6)  # metrics.json has six digits
+        assert found[name]["share"] == pytest.approx(1, abs=1e-4)
