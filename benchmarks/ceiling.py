@@ -45,16 +45,14 @@ def quality(dataset: Dataset, masks: Path) -> float:
     return matrix.miou
 
 
-def compare(folder: Path, *, backbone: nn.Module | None = None, progress: bool = True) -> dict[str, Any]:
+def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any]:
     """Mean IoU by the run's own segmenter and by the same network on true masks.
 
     Args:
         folder: of a run that has finished `predict`.
         backbone: the one that was passed to the run, if one was.
-        progress: show progress bars.
     """
-    config = Config.load(folder / "config.toml", [f"run.out={folder}", f"run.progress={str(progress).lower()}"])
-    run = Session(config, given_backbone=backbone)
+    run = Session(Config.of_run(folder), given_backbone=backbone)
     seen, settings, shown = run.segmented, run.table(Segment), run.table(Predict)
     if seen is None or not seen.masked:
         raise InputError(f"{folder}: the images that are predicted have no masks")

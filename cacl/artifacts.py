@@ -35,6 +35,13 @@ class ImageCAMs(NamedTuple):
         maps = torch.from_numpy(self.maps).float()[None]
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].numpy()
 
+    def levelled(self, levels: NDArray[np.floating] | None) -> ImageCAMs:
+        """Each map times the level ``(K,)`` of its class (see :func:`cacl.thresholds.class_levels`); None for none."""
+        if levels is None:
+            return self
+        maps = self.maps * levels[self.classes].astype(np.float32)[:, None, None]
+        return ImageCAMs(self.classes, maps.astype(np.float16))
+
 
 def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:
     """The indices of this process's share of the images, but for those that have a file in ``out`` which is kept."""

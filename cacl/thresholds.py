@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cacl._support.checks import as_array
+from cacl._support.checks import as_array, check_range
 from cacl.constants import BACKGROUND_SCORE
 from cacl.errors import expected
 
@@ -71,6 +71,30 @@ def split_scores(counts: NDArray[np.integer]) -> Scores:
         return Scores(BACKGROUND_SCORE, BACKGROUND_SCORE, BACKGROUND_SCORE)
     low, high = sorted((otsu(counts), least_cross_entropy(counts)))
     return Scores(*(min(0.99, max(0.01, round(score, 2))) for score in (low, (low + high) / 2, high)))
+
+
+def class_levels(counts: NDArray[np.integer], score: float) -> NDArray[np.float64]:
+    """By what to multiply the CAMs of each class so that one background score suits all of them.
+
+    A class whose CAMs are faint asks for a lower score than others. Half of that is believed: the score of a class is
+    half-way between its own (:func:`least_cross_entropy`) and that of all.
+
+    Args:
+        counts: ``(K, BINS)``, of :func:`count_maxima`, of each class's CAMs alone.
+        score: of all CAMs, :attr:`Scores.low`.
+
+    Returns:
+        ``(K,)``, in (0, 2); 1 where a class has nothing to split.
+
+    Raises:
+        ValueError: if the shape, a count or the score is wrong.
+    """
+    counts = as_array("counts", counts, "(K, BINS)", numbers=True)
+    if counts.shape[1] < 2 or (counts.size and counts.min() < 0):
+        raise expected("counts", "numbers of pixels in at least two bins", counts)
+    check_range("score", score, 0.01, 1)
+    own = [least_cross_entropy(row) if np.count_nonzero(row) > 1 else score for row in counts]
+    return np.asarray(2 * score / (score + np.array(own, dtype=np.float64)))
 
 
 def otsu(counts: NDArray[np.integer]) -> float:

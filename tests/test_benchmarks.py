@@ -193,7 +193,7 @@ def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path) -> N
     pipeline.run(config, stages=["warmup", "cacl", "cams", "masks"])
     ceiling.write_truth(open_dataset("scenes", tmp_path / "data", "train"), tmp_path / "masks" / "train")
     pipeline.run(config, stages=["segment", "predict"])
-    found = ceiling.compare(tmp_path, progress=False)
+    found = ceiling.compare(tmp_path)
     assert found["images"] == 6
     assert found["pseudo_masks"] == 1
     for name, stage in (("network", "segment"), ("crf", "predict")):

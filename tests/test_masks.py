@@ -19,9 +19,10 @@ from cacl.metrics import ConfusionMatrix
 from cacl.mining import mine_labels
 from cacl.random_walk import propagate, spread
 from cacl.settings import Machine
-from cacl.stages.cams import evaluate_cams, own_scores
+from cacl.stages.cams import evaluate_cams, own_levels, own_scores
 from cacl.stages.irn import IRN, evaluate_refined, make_labels, refine_cams, train_irnet
 from cacl.stages.masks import Masks, Walk, make_masks, walk, walk_cams
+from cacl.thresholds import BINS, count_maxima, least_cross_entropy
 from cacl.transforms import normalize
 
 
@@ -161,6 +162,36 @@ def test_masks_are_foreground_background_or_unsure(dataset, cams, tmp_path, unsu
         mask = read_mask(tmp_path / f"masks/{entry.id}.png").numpy()
         assert np.array_equal(mask, wanted)
         assert (mask == 255).any() == (unsure > 0)
+
+
+def test_masks_that_choose_their_scores_have_one_a_class(dataset, cams, tmp_path):
+    """Twice as faint a class gets as much, but for the half of it that is not believed."""
+    for entry in dataset.entries:
+        found = load_cams(cams / f"{entry.id}.npz", 2)
+        faint = np.where(found.classes == 1, 0.5, 1)[:, None, None]
+        save_cams(cams / f"{entry.id}.npz", ImageCAMs(found.classes, (found.maps * faint).astype(np.float16)))
+    scores, levels = own_levels(dataset, cams)
+    alone = []
+    for k in range(2):
+        counts = np.zeros(BINS, np.int64)
+        for entry in dataset.entries:
+            if k in entry.labels:
+                found = load_cams(cams / f"{entry.id}.npz", 2)
+                counts += count_maxima(found.maps[found.classes == k])
+        alone.append(least_cross_entropy(counts))
+    assert alone[1] < alone[0]
+    np.testing.assert_allclose(levels, [scores.low / ((scores.low + own) / 2) for own in alone])
+    make_masks(dataset, cams, tmp_path / "masks", Masks(unsure=0, iterations=0))
+    make_masks(dataset, cams, tmp_path / "given", Masks(unsure=0, iterations=0, background_score=scores.low))
+    differs = False
+    for entry in dataset.entries:
+        found = load_cams(cams / f"{entry.id}.npz", 2)
+        maps = found.resized((48, 64)) * levels[found.classes][:, None, None]
+        wanted = np.where(maps.max(0) > scores.low, found.classes[maps.argmax(0)] + 1, 0)
+        mask = read_mask(tmp_path / f"masks/{entry.id}.png").numpy()
+        assert (mask == wanted).mean() > 0.999  # half precision
+        differs |= not np.array_equal(mask, read_mask(tmp_path / f"given/{entry.id}.png").numpy())
+    assert differs
 
 
 def test_masks_with_a_crf(dataset, cams, tmp_path):

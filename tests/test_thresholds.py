@@ -10,7 +10,7 @@ from cacl.crf import dense_crf
 from cacl.datasets import Dataset
 from cacl.mining import pseudo_mask, refine_maps
 from cacl.stages.cams import own_scores
-from cacl.thresholds import BINS, count_maxima, least_cross_entropy, otsu, split_scores
+from cacl.thresholds import BINS, class_levels, count_maxima, least_cross_entropy, otsu, split_scores
 
 
 def values(seed: int, objects: float = 0.2) -> np.ndarray:
@@ -88,6 +88,21 @@ def test_maps_that_are_none(maps, message):
 def test_counts_that_are_none(counts):
     with pytest.raises((ValueError, TypeError), match="Expected argument `counts`"):
         split_scores(counts)
+
+
+def test_levels_bring_a_class_half_way_to_the_score_of_all():
+    counts = np.stack([count_maxima(values(1).reshape(1, 1, -1)), count_maxima(values(2).reshape(1, 1, -1) / 3)])
+    first, second = map(least_cross_entropy, counts)
+    levels = class_levels(np.concatenate((counts, np.zeros((1, BINS), np.int64))), 0.2)
+    np.testing.assert_allclose(levels, [0.2 / ((0.2 + first) / 2), 0.2 / ((0.2 + second) / 2), 1])
+    assert levels[1] > levels[0]
+    assert class_levels(counts[:0], 0.2).shape == (0,)
+
+
+@pytest.mark.parametrize(("counts", "score"), [(np.ones(9), 0.2), (-np.ones((2, 9)), 0.2), (np.ones((2, 9)), 0.0)])
+def test_levels_of_what_is_none(counts, score):
+    with pytest.raises((ValueError, TypeError), match=r"^Expected argument `(counts|score)`"):
+        class_levels(counts, score)
 
 
 def test_a_folder_of_cams_asks_for_the_scores_of_all_its_values(drawn_dataset, tmp_path):

@@ -30,7 +30,7 @@ from cacl.pictures import threshold
 from cacl.settings import Factor, Machine, Mark, Share, Switch, Table
 from cacl.stages.score import Point, Score, rounded
 from cacl.stages.stage import Context, Judged, Stage
-from cacl.thresholds import BINS, Scores, count_maxima, split_scores
+from cacl.thresholds import BINS, Scores, class_levels, count_maxima, split_scores
 
 
 class CAMs(Table):
@@ -149,11 +149,22 @@ def own_scores(dataset: Dataset, cams: Path) -> Scores:
     Raises:
         ValueError: if a file of CAMs is missing or broken.
     """
-    counts = np.zeros(BINS, dtype=np.int64)
+    return own_levels(dataset, cams)[0]
+
+
+def own_levels(dataset: Dataset, cams: Path) -> tuple[Scores, NDArray[np.float64]]:
+    """:func:`own_scores`, and the levels ``(K,)`` of the classes at which its lowest score suits all of them (see
+    :func:`cacl.thresholds.class_levels`); arguments as there."""
+    counts = np.zeros((1 + len(dataset.classes), BINS), dtype=np.int64)
     with barrier():
         for index in shard(range(len(dataset))):
-            counts += count_maxima(cams_of(dataset, cams, index).maps)
-    return split_scores(all_reduce_counts(counts))
+            found = cams_of(dataset, cams, index)
+            counts[0] += count_maxima(found.maps)
+            for k, own in zip(found.classes, found.maps, strict=True):
+                counts[1 + k] += count_maxima(own[None])
+    counts = all_reduce_counts(counts.reshape(-1)).reshape(counts.shape)
+    scores = split_scores(counts[0])
+    return scores, class_levels(counts[1:], scores.low)
 
 
 def camnet(run: Context, stage: str | None = None) -> CAMNet:

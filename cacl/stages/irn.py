@@ -107,13 +107,14 @@ def write_labels(
     labels: Callable[..., Mask],
     crf: CRF,
     *,
+    levels: NDArray[np.floating] | None = None,
     machine: Machine,
     keep: bool,
     desc: str,
 ) -> None:
     """As :func:`make_labels`, by another function than :func:`cacl.mining.mine_labels` at its two scores."""
     wanted = to_make(dataset, out, ".png", keep=keep)
-    task = _Mining(dataset, cams, out, labels, crf.arguments(machine))
+    task = _Mining(dataset, cams, out, labels, levels, crf.arguments(machine))
     with barrier():
         for _ in _done(task, wanted, machine, desc):
             pass
@@ -165,6 +166,7 @@ def refine_cams(
     settings: CRF = CRF(),
     *,
     background_score: float = BACKGROUND_SCORE,
+    levels: NDArray[np.floating] | None = None,
     machine: Machine = Machine(),
 ) -> Iterator[tuple[int, Mask]]:
     """(index, mask of the CAMs after a CRF) of some images: what IRNet is not needed for.
@@ -175,9 +177,10 @@ def refine_cams(
         indices: which images.
         settings: of the CRF.
         background_score: of the CAMs before the CRF.
+        levels: by what the CAMs of each class are multiplied before (see :func:`cacl.thresholds.class_levels`).
         machine: where it is computed.
     """
-    task = _Refining(dataset, cams, background_score, settings.arguments(machine))
+    task = _Refining(dataset, cams, background_score, levels, settings.arguments(machine))
     return zip(indices, _done(task, indices, machine, "CRF"), strict=True)
 
 
@@ -187,6 +190,7 @@ def evaluate_refined(
     settings: CRF = CRF(),
     *,
     background_score: float = BACKGROUND_SCORE,
+    levels: NDArray[np.floating] | None = None,
     machine: Machine = Machine(),
 ) -> tuple[ConfusionMatrix, int]:
     """CAMs after a CRF against the masks, arguments as for :func:`refine_cams`; also the number of images.
@@ -196,10 +200,9 @@ def evaluate_refined(
     masked = dataset.masked
     matrix = ConfusionMatrix(len(dataset.classes))
     with barrier():
-        refined = refine_cams(
-            dataset, cams, shard(masked), settings, background_score=background_score, machine=machine
-        )  # fmt: skip
-        for index, mask in refined:
+        for index, mask in refine_cams(
+            dataset, cams, shard(masked), settings, background_score=background_score, levels=levels, machine=machine
+        ):  # fmt: skip
             matrix.update(dataset.mask(index).numpy(), mask)
     matrix.counts = all_reduce_counts(matrix.counts)
     return matrix, len(masked)
@@ -223,10 +226,11 @@ class _Mining:
     cams: Path
     out: Path
     labels: Callable[..., Mask]
+    levels: NDArray[np.floating] | None
     crf: CRFArguments
 
     def __call__(self, index: int) -> None:
-        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
+        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
         with _naming(self.dataset, index):
             labels = self.labels(photo, cams.classes, cams.maps, **self.crf)
         save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
@@ -239,10 +243,11 @@ class _Refining:
     dataset: Dataset
     cams: Path
     score: float
+    levels: NDArray[np.floating] | None
     crf: CRFArguments
 
     def __call__(self, index: int) -> Mask:
-        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index)
+        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
         with _naming(self.dataset, index):
             mask: Mask = refine_maps(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
         return mask
@@ -277,10 +282,6 @@ def _score(run: Context, settings: IRN, dataset: Dataset) -> Score:
     return Score.of(what, matrix.iou, dataset.classes, images, crf=crf, background_score=score, auto=auto)
 
 
-def _depends(run: Context, settings: IRN) -> tuple[object, ...]:
-    return check_backend(run.machine.crf), run.table(CAMNetwork), run.identity("backbone")
-
-
 STAGE = Stage(
     "irn",
     IRN,
@@ -289,7 +290,7 @@ STAGE = Stage(
     needs=("cams",),
     on_demand=True,
     files=("labels",),
-    depends=_depends,
+    depends=lambda run, settings: (check_backend(run.machine.crf), run.table(CAMNetwork), run.identity("backbone")),
     check=lambda run, settings: (check_backend(run.machine.crf), irnet(run)),
     version=2,
     scored_on="train",

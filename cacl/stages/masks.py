@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ from cacl.log import Journal
 from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate, spread
 from cacl.settings import CRF, Count, Machine, Radius, Share, Sigma, Table, Weight
-from cacl.stages.cams import cam_score, own_scores
+from cacl.stages.cams import cam_score, own_levels
 from cacl.stages.irn import evaluate_refined, irnet, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
@@ -54,7 +56,8 @@ class Masks(CRF, Walk):
     the edges of IRNet, which is trained for it; ``"none"`` is no walk."""
     background_score: Share | Literal["auto"] = "auto"
     """A pixel whose largest value is not above this is background; ``"auto"`` is the lower one of the two scores that
-    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
+    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`), half-way to that of each class
+    (:func:`cacl.thresholds.class_levels`)."""
     unsure: Share = 0.05
     """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
 
@@ -155,13 +158,17 @@ def make_masks(
     Raises:
         ValueError: if a file of CAMs is missing or broken.
     """
-    made = partial(pseudo_mask, background_score=_score_of(dataset, cams, settings), unsure=settings.unsure)
-    write_labels(dataset, cams, out, made, settings, machine=machine, keep=keep, desc="masks")
+    score, levels = _score_of(dataset, cams, settings)
+    made = partial(pseudo_mask, background_score=score, unsure=settings.unsure)
+    write_labels(dataset, cams, out, made, settings, levels=levels, machine=machine, keep=keep, desc="masks")
 
 
-def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> float:
-    score = settings.background_score
-    return own_scores(dataset, cams).low if score == "auto" else round(score, 6)
+def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> tuple[float, NDArray[np.float64] | None]:
+    """The background score of all classes, and the classes' levels where it is not given."""
+    if settings.background_score != "auto":
+        return round(settings.background_score, 6), None
+    scores, levels = own_levels(dataset, cams)
+    return scores.low, levels
 
 
 def _seeds(run: Context, settings: Masks) -> Path:
@@ -180,8 +187,10 @@ def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
 
 def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     seeds = _seeds(run, settings)
-    score = _score_of(dataset, seeds, settings)
-    matrix, images = evaluate_refined(dataset, seeds, settings, background_score=score, machine=run.machine)
+    score, levels = _score_of(dataset, seeds, settings)
+    matrix, images = evaluate_refined(
+        dataset, seeds, settings, background_score=score, levels=levels, machine=run.machine
+    )  # fmt: skip
     alone = None
     if settings.affinity != "none":
         alone = replace(cam_score(run, seeds, dataset, score), what="random walk alone")
@@ -192,7 +201,7 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
 
 
 def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None) -> Judged:
-    score = _score_of(dataset, _seeds(run, settings), settings) if known is None else known
+    score = _score_of(dataset, _seeds(run, settings), settings)[0] if known is None else known
     crf, auto = settings.iterations > 0, settings.background_score == "auto"
     return Judged("pseudo masks", run.folder("masks") / "train", score, crf=crf, auto=auto)
 
