@@ -153,6 +153,7 @@ def arrays() -> dict[str, object]:
         "images": torch.randn(1, 3, 48, 64),
         "labels_of_the_batch": torch.randint(3, (1, 48, 64)),
         "seeds": torch.rand(2, 12, 16),
+        "small": 255 * torch.rand(3, 12, 16),
         "probabilities": rng.dirichlet((1, 1, 1), (48, 64)).transpose(2, 0, 1),
     }
 
