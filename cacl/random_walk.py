@@ -83,7 +83,7 @@ def spread(cams: Tensor, photo: Tensor, *, radius: int = 5, colour: float = 5.0,
 
     Args:
         cams: the seeds of C classes, ``(C, h, w)``.
-        photo: the photo at their size, ``(3, h, w)``, with values up to 255, on the same device.
+        photo: the photo at their size, ``(3, h, w)``, floats up to 255 or uint8, on the same device.
         radius: how far apart neighbours may be in pixels; 1 has no neighbours.
         colour: standard deviation σ in colour values (of 255).
         restart: r in (0, 1]; 1 gives the seeds.
@@ -101,6 +101,8 @@ def spread(cams: Tensor, photo: Tensor, *, radius: int = 5, colour: float = 5.0,
         tensor([[[0.7500, 0.2500, 0.0000]]])
     """
     check_tensor("cams", cams, "(C, h, w)")
+    if isinstance(photo, Tensor) and photo.dtype == torch.uint8:
+        photo = photo.float()
     check_tensor("photo", photo, "(3, h, w)")
     if len(photo) != 3 or photo.shape[1:] != cams.shape[1:] or 0 in photo.shape:
         raise expected("photo", f"of three colours and the size of `cams` {tuple(cams.shape[1:])}", shape(photo))

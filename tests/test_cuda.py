@@ -17,7 +17,7 @@ from cacl.deeplab import DeepLabV2, segmentation_loss
 from cacl.irn import IRNet, affinity_loss
 from cacl.log import Journal
 from cacl.photos import segment_photos
-from cacl.random_walk import propagate
+from cacl.random_walk import propagate, spread
 from cacl.settings import Machine
 from cacl.stages.contrast import CACL, train_cacl
 from cacl.stages.irn import IRN, train_irnet
@@ -91,6 +91,10 @@ def test_random_walk_and_crf_equal_the_cpu_s(randn):
     walked = propagate(cams.cuda(), edges.cuda())
     assert walked.is_cuda
     torch.testing.assert_close(walked.cpu(), propagate(cams, edges), rtol=0, atol=1e-4)
+    photo = randn(3, 30, 40).sigmoid() * 20
+    walked = spread(cams.cuda(), photo.cuda())
+    assert walked.is_cuda
+    torch.testing.assert_close(walked.cpu(), spread(cams, photo), rtol=0, atol=1e-4)
     image = (randn(30, 40, 3).sigmoid() * 255).to(torch.uint8).numpy()
     probabilities = cams.softmax(0).numpy()
     one, two = (dense_crf(image, probabilities, backend="torch", device=device) for device in ("cpu", "cuda"))

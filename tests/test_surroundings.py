@@ -30,7 +30,7 @@ from cacl.loading import load_images, order
 from cacl.mining import mine_labels
 from cacl.photos import Segmenter, load_segmenter, mask_of, save_segmenter
 from cacl.predict import predict
-from cacl.random_walk import propagate
+from cacl.random_walk import propagate, spread
 from cacl.training import Loop, train
 from cacl.transforms import RandomView, normalize
 
@@ -95,6 +95,7 @@ def works(data: Path, folder: Path):
         "CRF": lambda: dense_crf(photo, shares, backend="torch"),
         "mining": lambda: mine_labels(photo, np.arange(2), shares[:2].astype(np.float16), backend="torch"),
         "walk": lambda: propagate(maps, edges, radius=3),
+        "walk over colours": lambda: spread(maps, image, radius=3),
         "mask": lambda: mask_of(logits, photo, (24, 30)),
         "words": lambda: load_encoder("scenes").encode_text(["a photo of a boat."]),
         "segmenter": lambda: [*load_segmenter(model).net.state_dict().values()],
