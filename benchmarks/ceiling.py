@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cacl.artifacts import save_mask
+from cacl.artifacts import made_mask, save_mask
 from cacl.config import Config
 from cacl.datasets import Dataset
 from cacl.errors import InputError
-from cacl.images import read_mask
 from cacl.metrics import ConfusionMatrix
 from cacl.runs.session import Session
 from cacl.stages.predict import Predict, evaluate_segmenter
@@ -37,10 +36,10 @@ def write_truth(dataset: Dataset, out: Path) -> None:
 
 
 def quality(dataset: Dataset, masks: Path) -> float:
-    """Mean IoU of masks that are files; what they leave open (255) counts as wrong."""
+    """Mean IoU of masks that are files; what they leave open (255) counts as background."""
     matrix = ConfusionMatrix(len(dataset.classes))
-    for i, entry in enumerate(dataset.entries):
-        mask = read_mask(masks / f"{entry.id}.png").numpy()
+    for i in range(len(dataset)):
+        mask = made_mask(dataset, masks, i)
         matrix.update(dataset.mask(i).numpy(), np.where(mask == 255, 0, mask).astype(np.uint8))
     return matrix.miou
 
@@ -68,7 +67,7 @@ def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any
     for name, stage, crf in (("network", "segment", False), ("crf", "predict", True)):
         known = own[stage].miou
         true = evaluate_segmenter(net, seen, shown, machine=run.machine, crf=crf)[0].miou
-        found[name] = {"pseudo": known, "true": true, "share": known / true if true else None}
+        found[name] = {"pseudo": known, "true": true, "share": known / true if true else float("nan")}
     return found
 
 

@@ -18,7 +18,7 @@ from cacl.constants import IGNORE
 from cacl.errors import InputTypeError, expected
 from cacl.mining import crf_labels as crf_labels
 from cacl.mining import mine_labels as mine_labels
-from cacl.random_walk import Offset, along_paths
+from cacl.random_walk import Offset, along_paths, ends
 
 
 class IRNOutput(NamedTuple):
@@ -206,23 +206,16 @@ class _PairTerms(torch.autograd.Function):
         edges = apart * (grad[0] * background + grad[1] * foreground) - (1 - apart) * (grad[2] * negative)
         flat, pointed = (x.sign() / 2 for x in _differences(displacements, ctx.offset))
         pull = flat * (grad[3] * background)[:, None] + pointed * (grad[4] * foreground)[:, None]
-        first, second = _ends(ctx.offset, labels.shape[-2:])
+        first, second = ends(ctx.offset, labels.shape[-2:])
         moved = torch.zeros_like(displacements)
         moved[..., *first] += pull
         moved[..., *second] -= pull
         return edges, moved, None, None
 
 
-def _ends(offset: Offset, size: Sequence[int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where the first and the second pixels of all pairs lie in a map."""
-    (dy, dx), (height, width) = offset, size
-    left, right = max(0, -dx), width - max(0, dx)
-    return (slice(0, height - dy), slice(left, right)), (slice(dy, height), slice(left + dx, right + dx))
-
-
 def _kinds(labels: Tensor, offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
     """Which pairs lie inside the background, inside one class, across two labels."""
-    first, second = (labels[..., *end] for end in _ends(offset, labels.shape[-2:]))
+    first, second = (labels[..., *end] for end in ends(offset, labels.shape[-2:]))
     sure = (first != IGNORE) & (second != IGNORE)
     same = (first == second) & sure
     background = same & (first == 0)
@@ -231,7 +224,7 @@ def _kinds(labels: Tensor, offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
 
 def _differences(displacements: Tensor, offset: Offset) -> tuple[Tensor, Tensor]:
     """Of the displacements of each pair, and that without the offset: 0 where both point to one centre."""
-    first, second = (displacements[..., *end] for end in _ends(offset, displacements.shape[-2:]))
+    first, second = (displacements[..., *end] for end in ends(offset, displacements.shape[-2:]))
     difference = first - second
     dy, dx = difference.unbind(1)
     return difference, torch.stack((dy - offset[0], dx - offset[1]), 1)  # a tensor of the offset would wait for a GPU

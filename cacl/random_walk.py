@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, reduce
 from itertools import product
 
@@ -120,7 +120,11 @@ def spread(cams: Tensor, photo: Tensor, *, radius: int = 5, colour: float = 5.0,
         negligible = torch.finfo(dtype).eps / (2 * radius) ** 2 * restart
 
         def affinities() -> Iterator[tuple[Offset, Tensor]]:
-            for (dy, dx), first, second in _pairs(colours, radius):
+            height, width = colours.shape[1:]
+            for (dy, dx), _ in paths(radius):
+                if dy >= height or abs(dx) >= width:
+                    continue
+                first, second = (colours[:, *end] for end in ends((dy, dx), (height, width)))
                 apart = (first - second).square_().sum(0)
                 yield (dy, dx), F.threshold(apart.mul_(-0.5 / colour**2).exp_(), negligible, 0.0)
 
@@ -157,6 +161,13 @@ def paths(radius: int) -> tuple[tuple[Offset, tuple[Offset, ...]], ...]:
             path = tuple((y, x) for y, x in box if (dy * x - dx * y) ** 2 < dy**2 + dx**2)
             result.append(((dy, dx), path))
     return tuple(sorted(result, key=lambda pair: len(pair[1])))
+
+
+def ends(offset: Offset, size: Sequence[int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where the first and the second pixels of all pairs lie in a map ``(h, w)`` that is larger than the offset."""
+    (dy, dx), (height, width) = offset, size
+    left, right = max(0, -dx), width - max(0, dx)
+    return (slice(0, height - dy), slice(left, right)), (slice(dy, height), slice(left + dx, right + dx))
 
 
 def along_paths(edges: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
@@ -232,20 +243,13 @@ def _check(cams: Tensor, edges: Tensor) -> None:
         raise expected("cams", "finite", "NaN or infinity")
 
 
-def _pairs(maps: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor, Tensor]]:
-    """``(..., h, w)`` of the first and of the second pixel of all pairs, one offset of the half disc at a time."""
-    height, width = maps.shape[-2:]
-    for (dy, dx), _ in paths(radius):
-        rows, columns, left = height - dy, width - abs(dx), max(0, -dx)
-        if rows > 0 and columns > 0:
-            second = maps[..., dy:, left + dx : left + dx + columns]
-            yield (dy, dx), maps[..., :rows, left : left + columns], second
-
-
 def _walked(
     seeds: Tensor, affinities: Iterable[tuple[Offset, Tensor]], radius: int, series: tuple[float, ...]
 ) -> Tensor:
-    """Seeds ``(C, h, w)`` after a walk: a series of Chebyshev polynomials of D⁻¹A that adds up to 1."""
+    """Seeds ``(C, h, w)`` after a walk: a series of Chebyshev polynomials of D⁻¹A that adds up to 1.
+
+    Its eigenvalues are real and in [−1, 1], as such series ask for: it is similar to the symmetric D^-½ A D^-½.
+    """
     if seeds.numel() == 0:
         return seeds
     change = _change(seeds[0], radius, affinities)
@@ -274,9 +278,9 @@ def _change(like: Tensor, radius: int, affinities: Iterable[tuple[Offset, Tensor
     place = {offset: i for i, offset in enumerate(disc)}
     weights = like.new_zeros(height, width, len(disc))
     for (dy, dx), affinity in affinities:
-        left, columns = max(0, -dx), width - abs(dx)
-        weights[: height - dy, left : left + columns, place[dy, dx]] = affinity
-        weights[dy:, left + dx : left + dx + columns, place[-dy, -dx]] = affinity
+        first, second = ends((dy, dx), (height, width))
+        weights[*first, place[dy, dx]] = affinity
+        weights[*second, place[-dy, -dx]] = affinity
     others = weights.sum(-1)
     weights[..., place[0, 0]] = -others
     weights /= (1 + others)[..., None]

@@ -12,9 +12,8 @@ from torch import Tensor
 def applied(change: Tensor, x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     """Σ_k ``coefficients[k]`` T_k(M) @ ``x``, of a matrix M = I + ``change`` with real eigenvalues in [−1, 1].
 
-    D⁻¹A has them: it is similar to the symmetric D^-½ A D^-½. A power of it is then a short series of Chebyshev
-    polynomials T_k: 84 products in float32 for 256 steps. Their recurrence T_k+1 = 2 M T_k − T_k-1 is,
-    with the differences d_k+1 = T_k+1 − T_k, the same as d_k+1 = d_k + 2 (M − I) T_k, which rounds less.
+    A power of it is then a short series: 84 products in float32 for 256 steps. The recurrence T_k+1 = 2 M T_k − T_k-1
+    is, with the differences d_k+1 = T_k+1 − T_k, the same as d_k+1 = d_k + 2 (M − I) T_k, which rounds less.
     """
     result, current, difference = coefficients[0] * x, x.clone(), torch.zeros_like(x)
     for order, coefficient in enumerate(coefficients[1:], start=1):
@@ -58,8 +57,9 @@ def of_restarts(restart: float, tolerance: float) -> tuple[float, ...]:
     going = 1 - restart
     root = math.sqrt(1 - going**2)
     ratio = going / (1 + root)
-    terms = [1.0]
-    while terms[-1] * ratio / (1 - ratio) > tolerance:
-        terms.append(terms[-1] * ratio if len(terms) > 1 else 2 * ratio)
+    terms, term = [1.0], 2 * ratio
+    while term / (1 - ratio) > tolerance:  # all that is left out
+        terms.append(term)
+        term *= ratio
     total = sum(terms)
     return tuple(term / total for term in terms)

@@ -95,9 +95,10 @@ def walk_cams(
         for index, image in watched(images, total=len(wanted), desc="random walk", progress=machine.progress):
             photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
             found = cams_of(dataset, cams, index)
-            walked = (
-                walk_colours(found, photo[0], settings) if net is None else walk(found, net.predict(photo)[0], settings)
-            )
+            if net is None:
+                walked = walk_colours(found, photo[0], settings)
+            else:
+                walked = walk(found, net.predict(photo)[0], settings)
             save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 
@@ -180,8 +181,8 @@ def _seeds(run: Context, settings: Masks) -> Path:
 def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
     seeds = _seeds(run, settings)
     if settings.affinity != "none":
-        net, cams = irnet(run, "irn") if settings.affinity == "irn" else None, run.folder("cams") / "train"
-        walk_cams(net, run.train, cams, seeds, settings, machine=run.machine, keep=True)
+        net = irnet(run, "irn") if settings.affinity == "irn" else None
+        walk_cams(net, run.train, run.folder("cams") / "train", seeds, settings, machine=run.machine, keep=True)
     make_masks(run.train, seeds, folder / "train", settings, machine=run.machine, keep=True)
 
 
