@@ -83,6 +83,19 @@ def test_the_maximum_is_over_the_scales(net):
     torch.testing.assert_close(net(images)[-1], torch.stack(each).amax(0))
 
 
+def test_training_at_one_scale_sees_the_images_as_they_are(net):
+    images = torch.randn(1, 3, 64, 96)
+    net.backbone.drop.p = 0.0
+    net.multi_scale = False
+    (only,) = net(images)
+    torch.testing.assert_close(only, net.logits(images))
+    net.multi_scale = True
+    assert len(net(images)) == len(SCALES) + 1
+    maximum = net.eval()(images)
+    net.multi_scale = False
+    torch.testing.assert_close(net(images), maximum)
+
+
 def test_the_loss_against_numpy(randn):
     logits = [randn(2, 4, 6, 5), randn(2, 4, 3, 3)]
     masks = torch.randint(4, (2, 12, 10), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
