@@ -23,7 +23,7 @@ from cacl.datasets import Dataset
 from cacl.errors import InputError
 from cacl.metrics import ConfusionMatrix
 from cacl.runs.session import Session
-from cacl.stages.predict import Predict, evaluate_segmenter
+from cacl.stages.predict import Predict, evaluate_segmenter, trained_tagger
 from cacl.stages.segment import Segment, new_segmenter, train_segmenter
 
 
@@ -53,7 +53,7 @@ def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any
     """
     run = Session(Config.of_run(folder), given_backbone=backbone)
     seen, settings, shown = run.segmented, run.table(Segment), run.table(Predict)
-    if seen is None or not seen.masked:
+    if not seen.masked:
         raise InputError(f"{folder}: the images that are predicted have no masks")
     own = run.files.scores()
     net = run.to_train(new_segmenter(run, settings))
@@ -66,7 +66,8 @@ def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any
     }
     for name, stage, crf in (("network", "segment", False), ("crf", "predict", True)):
         known = own[stage].miou
-        true = evaluate_segmenter(net, seen, shown, machine=run.machine, crf=crf)[0].miou
+        tagger = trained_tagger(run) if crf else None
+        true = evaluate_segmenter(net, seen, shown, machine=run.machine, crf=crf, tagger=tagger)[0].miou
         found[name] = {"pseudo": known, "true": true, "share": known / true if true else float("nan")}
     return found
 

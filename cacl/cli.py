@@ -128,6 +128,7 @@ def _predict(options: argparse.Namespace) -> int:
         overlays=options.overlay,
         crf=not options.no_crf,
         longest=options.longest,
+        tags=options.tags,
         range=options.range,
         device=options.device,
         workers=options.workers,
@@ -250,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--no-crf", action="store_true", help="the network's output as it is: faster")
     predict.add_argument(
         "--longest", type=int, metavar="N", help="scale larger photos down to N pixels (default: the run's)"
+    )
+    predict.add_argument(
+        "--no-tags", action="store_const", const=False, dest="tags", help="the network's classes alone"
     )
     predict.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one)")
     predict.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

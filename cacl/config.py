@@ -118,10 +118,11 @@ class Config(Table):
 
     @property
     def segmented_split(self) -> str:
-        """The split that the segmenter makes masks for; empty for none."""
+        """The split that the segmenter makes masks for: without one to evaluate on, the training images' own."""
         # CAMs of VOC are scored on its training images, as the field does, and segmenters on the others.
         other = FORMATS[self.data.format].segmented
-        return self.table(Predict).split or (other if other and self.data.eval else self.data.eval)
+        own = other if other and self.data.eval else self.data.eval
+        return self.table(Predict).split or own or self.data.train
 
     def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Config:
         """A copy with other values, table -> key -> value."""

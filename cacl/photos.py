@@ -23,9 +23,10 @@ from cacl._support.weights import evaluating, load_state, load_weights, save_sta
 from cacl.constants import IGNORE
 from cacl.crf import dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
-from cacl.errors import InputError
+from cacl.errors import InputError, expected
 from cacl.images import Mask, Pixels, Range, check_range, read_image
 from cacl.settings import CRF, CRFArguments, Machine, Sigma, Weight
+from cacl.tagger import weights_of
 from cacl.transforms import normalize
 
 R = TypeVar("R")
@@ -100,7 +101,7 @@ def segment_photos(
     settings: Photos = Photos(),
     *,
     crf: bool = True,
-    labels: Sequence[Sequence[int]] | None = None,
+    tags: NDArray[np.float32] | None = None,
     range: Range | None = None,
     machine: Machine = Machine(),
     desc: str = "predict",
@@ -117,7 +118,9 @@ def segment_photos(
             ``(H, W)`` at the photo's own size: 0, or class + 1. It can be pickled, as can what it returns.
         settings: how large photos are seen, and the CRF.
         crf: draw the masks to the edges of the photo.
-        labels: the class indices that each photo may show beside the background; all of them if None.
+        tags: ``(N, K)`` in [0, 1], how probable it is that a photo shows a class at all: what the network says of the
+            class is multiplied with it, over the largest of the photo's, before the CRF. A class at 0 is nowhere: known
+            tags are zeros and ones. None for nothing known.
         range: what the values of deep photos span (see :func:`cacl.images.read_image`); by their type if None.
         machine: where ``net`` is; with 0 or 1 workers everything happens in this process.
         desc: title of the progress bar.
@@ -126,7 +129,9 @@ def segment_photos(
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
     arguments = settings.arguments(machine) if crf and settings.iterations else None
-    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments, labels)
+    if tags is not None and tags.shape != (len(photos), net.num_classes - 1):
+        raise expected("tags", f"an array ({len(photos)}, {net.num_classes - 1})", str(tags.shape))
+    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments, tags)
     results: Iterator[tuple[int, R | InputError]]
     if torch.device(machine.device).type == "cpu":
         indices = [index for index, _ in enumerate(photos)]  # `range` is another here
@@ -178,18 +183,20 @@ class _Finishing(Generic[R]):
 
     finish: Callable[[int, Pixels, Mask], R]
     crf: CRFArguments | None
-    labels: Sequence[Sequence[int]] | None
+    tags: NDArray[np.float32] | None
 
     def __call__(self, item: tuple[int, _Logits | InputError]) -> tuple[int, R | InputError]:
         index, logits = item
         if isinstance(logits, InputError):
             return index, logits
         photo, values = logits.photo, torch.from_numpy(logits.values)
-        if self.labels is None:
+        if self.tags is None:
             return index, self.finish(index, photo.pixels, mask_of(values, photo.pixels, photo.size, self.crf))
-        known = [0, *(label + 1 for label in sorted(self.labels[index]))]
-        mask = mask_of(values[known], photo.pixels, photo.size, self.crf)
-        return index, self.finish(index, photo.pixels, np.array(known, dtype=np.uint8)[mask])
+        weights = F.pad(weights_of(torch.from_numpy(self.tags[index])), (1, 0), value=1.0)
+        known = weights.nonzero()[:, 0]
+        values = values[known] + weights[known].log()[:, None, None]
+        mask = mask_of(values, photo.pixels, photo.size, self.crf)
+        return index, self.finish(index, photo.pixels, known.numpy().astype(np.uint8)[mask])
 
 
 @dataclass(frozen=True)

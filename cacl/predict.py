@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from cacl._support.answers import check_encoder
 from cacl._support.checks import check_integer
 from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import find_device
@@ -21,14 +22,16 @@ from cacl._support.names import without_ending
 from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.crf import Backend, check_backend
+from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError, shown
 from cacl.folders import find_photos
 from cacl.images import Mask, Pixels, Range, check_range
-from cacl.photos import Photos, Segmenter, load_segmenter, segment_photos
+from cacl.photos import Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine
 from cacl.stages.predict import Predict
+from cacl.stages.tags import PhotoTagger, load_tagger
 
 
 class Predicted(NamedTuple):
@@ -51,11 +54,13 @@ def predict(
     overlays: bool = False,
     crf: bool = True,
     longest: int | None = None,
+    tags: bool | None = None,
     range: Range | None = None,
     device: str = "auto",
     workers: int | None = None,
     backend: Backend = "auto",
     backbone: nn.Module | None = None,
+    encoder: ImageTextEncoder | None = None,
     progress: bool = True,
 ) -> Predicted:
     """Write the mask of every photo, a palette PNG of the photo's own size: 0 background, k the k-th class.
@@ -71,12 +76,15 @@ def predict(
         overlays: write ``out/overlays/<name>.jpg`` too: the mask over the photo, with a legend.
         crf: draw the masks to the edges of the photo, with the settings of ``[predict]`` of a run, or its defaults.
         longest: in pixels; larger photos are scaled down to it for network and CRF; None for that of ``[predict]``.
+        tags: weigh the classes by what the run's encoder sees in the whole photo, which needs the run folder; None for
+            what ``[predict] tags`` of the run says.
         range: what the values of deep photos span (see :func:`cacl.images.read_image`); None for that of the images
             that the segmenter was trained on.
         device: a torch device; ``"auto"`` takes a GPU if there is one.
         workers: number of processes, at most one a core; one a core if None.
         backend: of the CRF.
         backbone: where the segmenter was trained with a backbone that has no name: one such; changed in place.
+        encoder: where ``tags`` were learned with an encoder that has no name: that one; put on the device.
         progress: show a progress bar where there is a terminal.
 
     Returns:
@@ -100,16 +108,23 @@ def predict(
     if longest is not None:
         check_integer("longest", longest, 1)
     cores = usable_cores()
+    machine = Machine(
+        device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
+    )
+    span = segmenter.range if range is None else check_range(range, "range: ")
+    tagger = None
+    if table.tags if tags is None else tags:
+        tagger = _tagger(Path(model), encoder, machine)
+    seen = [photo for photo, _ in found]
     results = segment_photos(
         segmenter.net.to(place),
-        [photo for photo, _ in found],
+        seen,
         _Writing(targets, pictures, segmenter.classes),
         table if longest is None else table.model_copy(update={"longest": longest}),
         crf=crf,
-        range=segmenter.range if range is None else check_range(range, "range: "),
-        machine=Machine(
-            device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
-        ),
+        tags=None if tagger is None else tagger(seen, range=span, machine=machine),
+        range=span,
+        machine=machine,
     )
     made = []
     with threads_of_cores():
@@ -121,7 +136,7 @@ def predict(
     return Predicted(segmenter.classes, made, problems, others)
 
 
-def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Photos]:
+def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Predict]:
     """The segmenter of a run folder with the run's settings, or that of a file with the default ones.
 
     Raises:
@@ -129,13 +144,33 @@ def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = Non
     """
     path = Path(path)
     if not path.is_dir():
-        return load_segmenter(path, backbone=backbone), Photos()
+        return load_segmenter(path, backbone=backbone), Predict()
     stage = path / "segment"
     if not (path / "config.toml").is_file() or not RunFolder(path).finished("segment"):
         raise InputError(
             f"{path}: expected a run folder whose stage `segment` has finished, as {stage}/stage.json says"
         )
     return load_segmenter(stage / "model.pt", backbone=backbone), Config.table_of_run(path, "predict", Predict)
+
+
+def _tagger(run: Path, encoder: ImageTextEncoder | None, machine: Machine) -> PhotoTagger:
+    """The classifier of whole photos that a run folder has, and its encoder on the device."""
+    model = run / "tags" / "model.pt"
+    if not run.is_dir() or not RunFolder(run).finished("tags"):
+        raise InputError(
+            f"{run}: expected a run folder whose stage `tags` has finished, to weigh classes by tags; `tags=False` "
+            "(--no-tags) goes without"
+        )
+    known = load_tagger(model)
+    if encoder is None and not known.encoder:
+        raise InputError(
+            f"{model}: its encoder is an object that was passed in; pass it as `encoder`, or `tags=False` (--no-tags)"
+        )
+    used = load_encoder(known.encoder) if encoder is None else encoder
+    check_encoder(used)
+    if isinstance(used, nn.Module):
+        used.to(machine.device)
+    return PhotoTagger(known.tagger, used)
 
 
 def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str], list[Path]]:

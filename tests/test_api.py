@@ -116,14 +116,16 @@ stages.masks.make_masks(dataset: Dataset, cams: Path, out: Path, settings: Masks
 stages.segment.train_segmenter(net: DeepLabV2, dataset: Dataset, masks: Path, settings: Segment = {Segment}, *, seed:
     int = 0, machine: Machine = {Machine}, journal: Journal = {Journal}) -> None
 stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, settings: Photos = {Photos}, *, labelled:
-    bool = False, machine: Machine = {Machine}, keep: bool = False) -> None
+    bool = False, tagger: PhotoTagger | None = None, machine: Machine = {Machine}, keep: bool = False) -> None
+stages.tags.train_tagger(encoder: ImageTextEncoder, dataset: Dataset, settings: Tags = {Tags}, *, prompts: PromptSet |
+    None = None, machine: Machine = {Machine}) -> PhotoTagger
 photos.segment_photos(net: DeepLabV2, photos: Sequence[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
-    = {Photos}, *, crf: bool = True, labels: Sequence[Sequence[int]] | None = None, range: Range | None = None, machine:
+    = {Photos}, *, crf: bool = True, tags: NDArray[np.float32] | None = None, range: Range | None = None, machine:
     Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R | InputError]]
 predict.predict(model: str | os.PathLike[str], photos: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *,
-    overlays: bool = False, crf: bool = True, longest: int | None = None, range: Range | None = None, device: str =
-    'auto', workers: int | None = None, backend: Backend = 'auto', backbone: nn.Module | None = None, progress: bool =
-    True) -> Predicted
+    overlays: bool = False, crf: bool = True, longest: int | None = None, tags: bool | None = None, range: Range | None
+    = None, device: str = 'auto', workers: int | None = None, backend: Backend = 'auto', backbone: nn.Module | None =
+    None, encoder: ImageTextEncoder | None = None, progress: bool = True) -> Predicted
 crf.dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.floating], *, iterations: int = 10, gaussian:
     tuple[float, float] = (3.0, 3.0), bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0), backend: Backend =
     'auto', device: torch.device | str = 'cpu') -> NDArray[np.float32]

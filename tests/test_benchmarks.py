@@ -192,7 +192,7 @@ def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path) -> N
     config = Config.load("scenes", [f"run.out={tmp_path}", f"data.root={tmp_path / 'data'}", "run.workers=0", *short])
     pipeline.run(config, stages=["warmup", "cacl", "cams", "masks"])
     ceiling.write_truth(open_dataset("scenes", tmp_path / "data", "train"), tmp_path / "masks" / "train")
-    pipeline.run(config, stages=["segment", "predict"])
+    pipeline.run(config, stages=["segment", "tags", "predict"])
     found = ceiling.compare(tmp_path)
     assert found["images"] == 6
     assert found["pseudo_masks"] == 1

@@ -23,7 +23,7 @@ PACKAGE = Path(cacl.__file__).parent
 FLOORS = [
     "constants errors _support",
     "thresholds prompts selector regions losses criterion agreement camnet encoders backbones embedded crf random_walk "
-    "irn mining deeplab metrics",
+    "irn mining deeplab metrics tagger",
     "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",

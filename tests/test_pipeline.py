@@ -22,13 +22,16 @@ from cacl import cli, pipeline
 from cacl._support import progress
 from cacl._support.files import locked, replacing
 from cacl.config import Config
-from cacl.datasets import FORMATS
-from cacl.images import VOC_COLOURS
+from cacl.datasets import FORMATS, open_dataset
+from cacl.images import VOC_COLOURS, read_mask
 from cacl.log import Log
+from cacl.metrics import ConfusionMatrix
+from cacl.photos import load_segmenter
 from cacl.pictures import overlay
 from cacl.predict import predict
 from cacl.runs.session import Session
 from cacl.stages.chain import CHAIN
+from cacl.stages.predict import make_predictions
 
 SETTINGS = [
     "data.format=csv", "data.train=train", "data.eval=val", "run.device=cpu", "run.workers=0",
@@ -39,6 +42,8 @@ SETTINGS = [
 ]  # fmt: skip
 STAGES = [stage.name for stage in CHAIN]
 """Without the report, which takes longer than all of them: where a test looks at it, stages are None."""
+UNASKED = [name for name in pipeline.STAGES if name != "tags"]
+"""What the preset does by itself."""
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def test_a_run_leaves_what_the_documentation_says(root, tmp_path):
     }  # fmt: skip
     assert (result.out / "report/index.html").is_file()
     times = json.loads((result.out / "times.json").read_text())
-    assert list(times) == list(pipeline.STAGES)
+    assert list(times) == UNASKED
     assert all(cost["seconds"] > 0 for cost in times.values())
     assert Config.load(result.out / "config.toml") == configure(root, tmp_path / "out")
     metrics = json.loads((result.out / "metrics.json").read_text())
@@ -278,7 +283,7 @@ def test_another_checkpoint_under_the_same_name_is_another_encoder(root, tmp_pat
 def test_plan_says_what_would_be_done(root, tmp_path):
     config = configure(root, tmp_path / "out", "cacl.beta=0")
     pipeline.run(config, encoder=None, backbone=None, stages=[])  # writes the configuration, and no stage
-    assert pipeline.plan(config) == [f"{name}: new" for name in pipeline.STAGES]
+    assert pipeline.plan(config) == [f"{name}: new" for name in UNASKED]
     small = [*SETTINGS, f"data.root={root}", f"run.out={tmp_path / 'out'}", "camnet.backbone=resnet18"]
     config = Config.load("voc", [*small, "camnet.weights="])
     pipeline.run(config, stages=["warmup"])
@@ -295,7 +300,7 @@ def test_data_without_masks_trains_and_has_no_mean_iou(root, tmp_path):
     (root / "dataset.csv").write_text(table)
     metrics = run(root, tmp_path / "out").metrics
     assert {name: record["miou"] for name, record in metrics.items()} == dict.fromkeys(("cams", "masks", "predict"))
-    assert list(run(root, tmp_path / "out2", "data.eval=").metrics) == ["cams", "masks"]
+    assert list(run(root, tmp_path / "out2", "data.eval=").metrics) == ["cams", "masks", "predict"]
 
 
 def test_no_warmup_epochs_starts_from_the_backbone(root, tmp_path):
@@ -666,7 +671,7 @@ def test_a_run_and_predict_count_the_same_cores(root, tmp_path, monkeypatch):
     run(root, tmp_path / "out", "segment.backbone=scenes", "segment.weights=")
     machines = []
 
-    def spy(net, photos, finish, settings, *, crf, range, machine):
+    def spy(net, photos, finish, settings, *, crf, tags, range, machine):
         machines.append(machine.workers)
         return iter(())
 
@@ -703,6 +708,26 @@ def test_what_nobody_needs_is_done_when_it_is_asked_for(root, tmp_path):
     names = [line.partition(":")[0] for line in pipeline.plan(configure(root, tmp_path / "out", "masks.affinity=none"))]
     assert names == ["warmup", "cacl", "cams", "masks", "segment", "predict", "report"]
     names = [line.partition(":")[0] for line in pipeline.plan(configure(root, tmp_path / "out"))]
-    assert names == list(pipeline.STAGES)
+    assert names == UNASKED
     asked = pipeline.plan(configure(root, tmp_path / "out", "masks.affinity=none"), stages=["cams", "irn"])
     assert asked == ["cams: needs cacl", "irn: needs cams"]
+
+
+@pytest.mark.parametrize("settings", [("data.eval=",), ("predict.split=train",)])
+def test_masks_of_the_training_images_hold_their_own_labels(root, tmp_path, settings):
+    result = run(root, tmp_path / "out", *settings)
+    dataset = open_dataset("csv", root, "train")
+    net, classes = load_segmenter(tmp_path / "out/segment/model.pt", backbone=TinyBackbone())
+    make_predictions(net, dataset, tmp_path / "by hand", labelled=True)
+    made = sorted((tmp_path / "out/predict/train").iterdir())
+    assert [path.read_bytes() for path in made] == [
+        path.read_bytes() for path in sorted((tmp_path / "by hand").iterdir())
+    ]
+    assert len(made) == len(dataset)
+    assert not (tmp_path / "out/predict/eval").exists()
+    matrix = ConfusionMatrix(len(classes))
+    for i, path in enumerate(made):
+        matrix.update(dataset.mask(i).numpy(), read_mask(path).numpy())
+    record = result.metrics["predict"]
+    assert (record["what"], record["split"]) == ("DeepLabV2, labels known", "train")
+    assert record["miou"] == pytest.approx(matrix.miou, abs=1e-6)

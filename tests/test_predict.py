@@ -300,7 +300,7 @@ def test_a_run_folder_brings_its_settings(model, tmp_path, monkeypatch):
         (run / "segment/stage.json").write_text(state)
     seen = []
 
-    def spy(net, photos, finish, settings, *, crf, range, machine):
+    def spy(net, photos, finish, settings, *, crf, tags, range, machine):
         seen.append((settings, crf))
         return iter(())
 

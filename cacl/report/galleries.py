@@ -24,6 +24,7 @@ from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
 from cacl.stages.cams import CAMs, camnet, own_scores, predict_cams
 from cacl.stages.irn import IRN, refine_cams
+from cacl.stages.predict import prediction_folder
 from cacl.stages.stage import Judged
 
 logger = logging.getLogger("cacl")
@@ -72,7 +73,7 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     dataset = predicted(session)
     if dataset is None:
         return None
-    folder = session.folder("predict") / "eval"
+    folder = prediction_folder(session)
     chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
     labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
@@ -96,7 +97,7 @@ def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
     dataset = predicted(session)
     if dataset is None:
         return None
-    folder = session.folder("predict") / "eval"
+    folder = prediction_folder(session)
     scores: list[tuple[float, int]] = []
     for i, entry in enumerate(dataset.entries):
         path = folder / f"{entry.id}.png"

@@ -48,7 +48,8 @@ def _named(session: Session) -> Iterator[Score]:
     stages = {stage.name: stage for stage in session.chain}
     for name, score in session.files.scores().items():
         if name in stages:  # else it is of another chain
-            shown = (stages[name].shown or score.what).replace("{crf}", " + CRF" if score.crf else "")
+            shown = (stages[name].shown or "{what}").replace("{crf}", " + CRF" if score.crf else "")
+            shown = shown.replace("{what}", score.what)
             yield replace(score, what=shown[:1].upper() + shown[1:])
 
 

@@ -207,9 +207,8 @@ class Session:
         return dataset if dataset.masked else None
 
     @cached_property
-    def segmented(self) -> Dataset | None:
-        split = self.config.segmented_split
-        return self.open(split) if split else None
+    def segmented(self) -> Dataset:
+        return self.open(self.config.segmented_split)
 
     @cached_property
     def images(self) -> str:

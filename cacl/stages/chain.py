@@ -12,13 +12,13 @@ from typing import Any
 from cacl._support.checks import check_choice
 from cacl.errors import InputError
 from cacl.settings import Table
-from cacl.stages import cams, contrast, irn, masks, predict, segment, warmup
+from cacl.stages import cams, contrast, irn, masks, predict, segment, tags, warmup
 from cacl.stages.stage import Stage
 
 Chain = tuple[Stage[Any], ...]
 
 CHAIN: Chain = (
-    warmup.STAGE, contrast.STAGE, cams.STAGE, irn.STAGE, masks.STAGE, segment.STAGE, predict.STAGE,
+    warmup.STAGE, contrast.STAGE, cams.STAGE, irn.STAGE, masks.STAGE, segment.STAGE, tags.STAGE, predict.STAGE,
 )  # fmt: skip
 """The stages of CA-CL in their order."""
 

@@ -21,16 +21,21 @@ from cacl.images import Mask, Pixels, read_mask
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
 from cacl.photos import Photos, load_segmenter, segment_photos
-from cacl.settings import Machine, Mark
+from cacl.settings import Machine, Mark, Switch
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
+from cacl.stages.tags import PhotoTagger, load_tagger
 
 
 class Predict(Photos):
     """``[predict]``: masks by the segmenter."""
 
     split: Annotated[str, Mark.EVALUATION] = ""
-    """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data."""
+    """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data, or where that
+    is empty the training images. Masks of these hold their own labels only."""
+    tags: Switch = False
+    """Weigh the network's classes by those that the encoder sees in the whole photo (the stage ``tags``), which helps
+    a network that has seen few photos; tables against papers go without."""
 
 
 def make_predictions(
@@ -40,6 +45,7 @@ def make_predictions(
     settings: Photos = Photos(),
     *,
     labelled: bool = False,
+    tagger: PhotoTagger | None = None,
     machine: Machine = Machine(),
     keep: bool = False,
 ) -> None:
@@ -53,6 +59,8 @@ def make_predictions(
         out: folder of the files.
         settings: the CRF, and how large the network and it see a photo.
         labelled: whether an image's mask holds its own labels and the background only; else no label is looked at.
+        tagger: weighs the classes by what it sees in the whole image (see :func:`cacl.photos.segment_photos`); not
+            where the labels are known.
         machine: where it is computed.
         keep: leave out images that have a file already.
 
@@ -61,13 +69,16 @@ def make_predictions(
     """
     wanted = to_make(dataset, out, ".png", keep=keep)
     entries = [dataset.entries[i] for i in wanted]
-    labels = [entry.labels for entry in entries] if labelled else None
+    photos, tags = [entry.image for entry in entries], None
+    if labelled:
+        tags = np.zeros((len(entries), len(dataset.classes)), dtype=np.float32)
+        for row, entry in zip(tags, entries, strict=True):
+            row[list(entry.labels)] = 1
     saving = _Saving([out / f"{entry.id}.png" for entry in entries])
     with barrier(), naming_dead_loaders():
-        results = segment_photos(
-            net, [entry.image for entry in entries], saving, settings, labels=labels, range=dataset.range,
-            machine=machine,
-        )  # fmt: skip
+        if tagger is not None and not labelled:
+            tags = tagger(photos, range=dataset.range, machine=machine)
+        results = segment_photos(net, photos, saving, settings, tags=tags, range=dataset.range, machine=machine)
         for _, result in results:
             if isinstance(result, InputError):
                 raise result
@@ -80,6 +91,7 @@ def evaluate_segmenter(
     *,
     machine: Machine = Machine(),
     crf: bool = True,
+    tagger: PhotoTagger | None = None,
 ) -> tuple[ConfusionMatrix, int]:
     """The segmenter against the masks, ``crf`` or not; also the number of images.
 
@@ -91,8 +103,9 @@ def evaluate_segmenter(
     matrix = ConfusionMatrix(len(dataset.classes))
     photos, counting = [dataset.entries[i].image for i in mine], _Counting(dataset, mine)
     with barrier(), naming_dead_loaders():
+        tags = None if tagger is None else tagger(photos, range=dataset.range, machine=machine)
         found = segment_photos(
-            net, photos, counting, settings, crf=crf, range=dataset.range, machine=machine, desc="evaluate"
+            net, photos, counting, settings, crf=crf, tags=tags, range=dataset.range, machine=machine, desc="evaluate"
         )
         for _, counts in found:
             if isinstance(counts, InputError):
@@ -106,6 +119,13 @@ def trained_segmenter(run: Context) -> DeepLabV2:
     """The network that the stage ``segment`` has left, on the device."""
     net = load_segmenter(run.folder("segment") / "model.pt", backbone=run.own_backbone()).net
     return net.to(run.machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def trained_tagger(run: Context) -> PhotoTagger | None:
+    """What the stage ``tags`` has left, with the encoder, where ``[predict]`` weighs by it."""
+    if not run.table(Predict).tags:
+        return None
+    return PhotoTagger(load_tagger(run.folder("tags") / "model.pt").tagger, run.encoder)
 
 
 @dataclass(frozen=True)
@@ -129,10 +149,23 @@ class _Counting:
         return matrix.counts
 
 
+def prediction_folder(run: Context) -> Path:
+    """The folder of the masks that the stage makes."""
+    return run.folder("predict") / ("train" if _labelled(run) else "eval")
+
+
+def _labelled(run: Context) -> bool:
+    """Whether the labels of the images are known to the run: those that it is trained on."""
+    return run.segmented is run.train
+
+
 def _run(run: Context, settings: Predict, folder: Path, journal: Journal) -> None:
-    if run.segmented is not None:
-        net = trained_segmenter(run)
-        make_predictions(net, run.segmented, folder / "eval", settings, machine=run.machine, keep=True)
+    net, known = trained_segmenter(run), _labelled(run)
+    tagger = None if known else trained_tagger(run)
+    make_predictions(
+        net, run.segmented, prediction_folder(run), settings, labelled=known, tagger=tagger, machine=run.machine,
+        keep=True,
+    )  # fmt: skip
 
 
 def _score(run: Context, settings: Predict, dataset: Dataset) -> Score:
@@ -140,10 +173,20 @@ def _score(run: Context, settings: Predict, dataset: Dataset) -> Score:
     matrix = ConfusionMatrix(len(dataset.classes))
     with barrier():
         for i in shard(masked):
-            made = read_mask(run.folder("predict") / "eval" / f"{dataset.entries[i].id}.png")
+            made = read_mask(prediction_folder(run) / f"{dataset.entries[i].id}.png")
             matrix.update(dataset.mask(i).numpy(), made.numpy())
     matrix.counts = all_reduce_counts(matrix.counts)
-    return Score.of("DeepLabV2", matrix.iou, dataset.classes, len(masked), crf=settings.iterations > 0)
+    return Score.of(_name(run, settings), matrix.iou, dataset.classes, len(masked), crf=settings.iterations > 0)
+
+
+def _name(run: Context, settings: Predict) -> str:
+    if _labelled(run):
+        return "DeepLabV2, labels known"
+    return "DeepLabV2 + tags" if settings.tags else "DeepLabV2"
+
+
+def _depends(run: Context, settings: Predict) -> tuple[object, ...]:
+    return (run.segmented.fingerprint(), check_backend(run.machine.crf), *(["labelled"] if _labelled(run) else []))
 
 
 STAGE = Stage(
@@ -152,13 +195,15 @@ STAGE = Stage(
     run=_run,
     title="prediction",
     needs=("segment",),
-    files=("eval",),
-    depends=lambda run, settings: (run.segmented and run.segmented.fingerprint(), check_backend(run.machine.crf)),
+    also_needs=lambda settings: ("tags",) if settings.tags else (),
+    uses=("encoder",),
+    files=("eval", "train"),
+    depends=_depends,
     check=lambda run, settings: check_backend(run.machine.crf),
     scored_on="segmented",
     score=_score,
     judged=lambda run, settings, dataset, known: Judged(
-        "DeepLabV2", run.folder("predict") / "eval", crf=settings.iterations > 0
+        _name(run, settings), prediction_folder(run), crf=settings.iterations > 0
     ),
-    shown="DeepLabV2{crf}",
+    shown="{what}{crf}",
 )

@@ -62,8 +62,8 @@ class Context(Protocol):
         """The images that CAMs are scored on; None where there is no such split, or it has no masks."""
 
     @property
-    def segmented(self) -> Dataset | None:
-        """The images that the segmenter makes masks for."""
+    def segmented(self) -> Dataset:
+        """The images that the segmenter makes masks for; :attr:`train` itself where these are the same."""
 
     @property
     def images(self) -> str:
@@ -169,7 +169,8 @@ class Stage(Generic[S]):
     """The masks that it made of them, whose agreement with the encoder is measured (:mod:`cacl.agreement`); at the
     background score that is given, that of its mean IoU, or at its own where that is None."""
     shown: str = ""
-    """What the report calls its score, ``{crf}`` for `` + CRF`` where there is one; the score's own name if empty."""
+    """What the report calls its score: ``{what}`` is the score's own name, ``{crf}`` `` + CRF`` where there is one; the
+    score's own name if empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)

@@ -1,0 +1,198 @@
+"""The stage ``tags``: which classes an image shows, learned from tags on the image-text encoder's features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as views
+
+from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
+from cacl._support.distributed import barrier, gather, rank, rank_zero, shard, world_size
+from cacl._support.loaders import load, naming_dead_loaders
+from cacl._support.progress import watched
+from cacl._support.weights import evaluating, load_state, save_state
+from cacl.datasets import Dataset
+from cacl.encoders import ImageTextEncoder
+from cacl.errors import InputError
+from cacl.images import Range, read_image
+from cacl.log import Journal
+from cacl.prompts import PromptSet
+from cacl.settings import Encoder, Machine, Prompts, Table, Weight
+from cacl.stages.stage import Context, Stage
+from cacl.tagger import STRENGTHS, Tagger
+
+
+class Tags(Table):
+    """``[tags]``: the classifier of whole images."""
+
+    strengths: Annotated[tuple[Weight, ...], Field(min_length=1)] = STRENGTHS
+    """The penalties that cross-validation on the tags chooses among."""
+
+
+class PhotoTagger(NamedTuple):
+    """A classifier, and the encoder that its features come from."""
+
+    tagger: Tagger
+    encoder: ImageTextEncoder
+
+    def __call__(
+        self, photos: Sequence[Path], *, range: Range | None = None, machine: Machine = Machine()
+    ) -> NDArray[np.float32]:
+        """How probable each class is in each photo, ``(N, K)``; 1 for all of a photo that could not be read.
+
+        Args:
+            photos: files of any size and mode.
+            range: what the values of deep photos span (see :func:`cacl.images.read_image`); by their type if None.
+            machine: where the encoder is.
+        """
+        classes, width = self.tagger.weight.shape
+        found = np.ones((len(photos), classes), dtype=np.float32)
+        for index, features in encode_photos(self.encoder, photos, width, range=range, machine=machine):
+            if isinstance(features, Tensor):
+                with torch.no_grad():
+                    found[index] = self.tagger(features.cpu()[None])[0].numpy()
+        return found
+
+
+def encode_photos(
+    encoder: ImageTextEncoder,
+    photos: Sequence[Path],
+    width: int,
+    *,
+    range: Range | None = None,
+    machine: Machine = Machine(),
+) -> Iterator[tuple[int, Tensor | InputError]]:
+    """Features of whole photos, one by one: the index, and ``(D,)`` or why the photo could not be read.
+
+    Args:
+        encoder: on the machine's device.
+        photos: files of any size and mode; the encoder sees each scaled to its square.
+        width: D, the length of the encoder's texts.
+        range: what the values of deep photos span; by their type if None.
+        machine: where it is computed.
+    """
+    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in statistics_of(encoder))
+    squares = load(_Squares(photos, side_of(encoder), range), workers=machine.workers, pinned=machine.on_gpu)
+    for index, square in watched(squares, total=len(photos), desc="tags", progress=machine.progress):
+        if isinstance(square, InputError):
+            yield index, square
+            continue
+        images = ((square / 255 - mean) / std)[None].to(machine.device, non_blocking=True)
+        with torch.no_grad(), evaluating(encoder) if isinstance(encoder, nn.Module) else nullcontext():
+            answer: object = encoder.encode_image(images)
+        yield index, check_image_features(answer, images, width)[0]
+
+
+class _Squares(torch.utils.data.Dataset[Any]):
+    """index -> the photo as an encoder's square, or why it could not be read."""
+
+    def __init__(self, photos: Sequence[Path], side: int, range: Range | None) -> None:
+        self.photos, self.side, self.range = list(photos), side, range
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | InputError]:
+        try:
+            image = read_image(self.photos[index], self.range)
+        except InputError as error:
+            return index, error
+        return index, views.resize(image, [self.side, self.side], antialias=True).as_subclass(Tensor)
+
+
+def train_tagger(
+    encoder: ImageTextEncoder,
+    dataset: Dataset,
+    settings: Tags = Tags(),
+    *,
+    prompts: PromptSet | None = None,
+    machine: Machine = Machine(),
+) -> PhotoTagger:
+    """Learn which classes an image shows from the tags of a data set; no mask is opened.
+
+    Shared out over the processes of ``torch.distributed``'s default group, as :func:`cacl.stages.cams.make_cams` is.
+
+    Args:
+        encoder: on the machine's device.
+        dataset: the images and their labels.
+        settings: of the classifier.
+        prompts: context templates; the paper's four by default.
+        machine: where it is computed.
+
+    Raises:
+        ValueError: if an image does not decode.
+    """
+    check_encoder(encoder)
+    texts = (PromptSet() if prompts is None else prompts).encode(encoder, dataset.classes)
+    photos = shard([entry.image for entry in dataset.entries])
+    own = []
+    with barrier(), naming_dead_loaders():
+        for _, found in encode_photos(encoder, photos, texts.shape[2], range=dataset.range, machine=machine):
+            if isinstance(found, InputError):
+                raise found
+            own.append(found.float().cpu())
+    features = torch.zeros(len(dataset), texts.shape[2], device="cpu")
+    for number, part in enumerate(gather(own)):
+        if part:
+            features[number :: world_size()] = torch.stack(part)
+    labels = torch.stack([dataset.labels(index) for index, _ in enumerate(dataset.entries)])
+    tagger = rank_zero(lambda: Tagger.fit(features, labels, texts, strengths=settings.strengths))
+    return PhotoTagger(tagger, encoder)
+
+
+def save_tagger(path: Path, tagger: Tagger, classes: Sequence[str], encoder: str) -> None:
+    """Write a file that :func:`load_tagger` reads; ``encoder`` is its name, or empty for an object of one's own."""
+    state = {"classes": list(classes), "encoder": encoder, "weight": tagger.weight, "bias": tagger.bias}
+    save_state(path, {"tagger": state})
+
+
+class SavedTagger(NamedTuple):
+    """What :func:`load_tagger` reads."""
+
+    tagger: Tagger
+    classes: tuple[str, ...]
+    encoder: str
+    """Its name for :func:`cacl.load_encoder`; empty for an object that was passed in."""
+
+
+def load_tagger(path: Path) -> SavedTagger:
+    """Read ``tags/model.pt`` of a run.
+
+    Raises:
+        ValueError: if the file is missing or is something else.
+    """
+    state = load_state(path).get("tagger")
+    try:
+        tagger = Tagger(state["weight"], state["bias"])  # type: ignore[index]
+        return SavedTagger(tagger, tuple(state["classes"]), str(state["encoder"]))  # type: ignore[index]
+    except (LookupError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: expected the model of a stage `tags`, but got a checkpoint of something else"
+        ) from None
+
+
+def _run(run: Context, settings: Tags, folder: Path, journal: Journal) -> None:
+    prompts = PromptSet(run.table(Prompts).templates)
+    found = train_tagger(run.encoder, run.train, settings, prompts=prompts, machine=run.machine)
+    name = "" if run.identity("encoder") else run.table(Encoder).name
+    if rank() == 0:
+        save_tagger(folder / "model.pt", found.tagger, run.train.classes, name)
+
+
+STAGE = Stage(
+    "tags",
+    Tags,
+    run=_run,
+    title="tags",
+    on_demand=True,
+    uses=("encoder",),
+    depends=lambda run, settings: (run.table(Encoder), run.identity("encoder"), run.table(Prompts)),
+)
