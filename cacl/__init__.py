@@ -16,6 +16,7 @@ from cacl.losses import (
     itc_loss,
     region_loss,
 )
+from cacl.matching import ContrastLoss, MatchingLoss, contrast_loss, matching_loss
 from cacl.prompts import DEFAULT_TEMPLATES, BackgroundSet, PromptSet
 from cacl.regions import Regions, present_pairs, split_regions
 from cacl.selector import ContextSelector, Selection
@@ -34,15 +35,19 @@ __all__ = [
     "CAMNet",
     "CAMOutput",
     "ContextSelector",
+    "ContrastLoss",
     "ITCLoss",
     "ImageTextEncoder",
+    "MatchingLoss",
     "PromptSet",
     "RegionLoss",
     "Regions",
     "Selection",
     "bg_suppression_loss",
+    "contrast_loss",
     "itc_loss",
     "load_encoder",
+    "matching_loss",
     "pipeline",
     "present_pairs",
     "region_loss",

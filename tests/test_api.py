@@ -56,11 +56,17 @@ CAMOutput(cams, scores)
 ContextSelector(prompt_features: Tensor, *, mode: Literal['dynamic', 'fixed'] = 'dynamic', template: int = 0) ->
     None
 ContextSelector.forward(self, foreground: Tensor, classes: Tensor, *, across: bool = False) -> Selection
+ContrastLoss(temperature: float = 0.7, *, weights: tuple[float, float] = (10.0, 8.0), reduction: Reduction = 'sum') ->
+    None
+ContrastLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor, words: Tensor, *, across: bool =
+    False) -> Tensor
 ITCLoss(margin: float = 0.5, *, reduction: Reduction = 'mean') -> None
 ITCLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor, *, across: bool = False) -> Tensor
 ImageTextEncoder: image_size, mean, std
 ImageTextEncoder.encode_image(self, images: Tensor) -> Tensor
 ImageTextEncoder.encode_text(self, texts: Sequence[str]) -> Tensor
+MatchingLoss(weights: tuple[float, float] = (10.0, 24.0), *, reduction: Reduction = 'mean') -> None
+MatchingLoss.forward(self, foreground: Tensor, background: Tensor, text: Tensor, *, across: bool = False) -> Tensor
 PromptSet(templates: Iterable[str] = ('a photo of {}.', 'an image of {}.', 'a picture of {}.', 'a snapshot of {}.'))
     -> None
 PromptSet.texts(self, name: str) -> list[str]
@@ -71,10 +77,14 @@ Regions(foreground, background, image_index, class_index)
 Selection(text, index, similarity)
 bg_suppression_loss(foreground: Tensor, background_text: Tensor, threshold: Tensor | float = 0.26, *, temperature:
     float | None = None, reduction: Reduction = 'sum', across: bool = False) -> Tensor
+contrast_loss(foreground: Tensor, background: Tensor, text: Tensor, words: Tensor, *, temperature: float = 0.7,
+    weights: tuple[float, float] = (10.0, 8.0), reduction: Reduction = 'sum', across: bool = False) -> Tensor
 itc_loss(foreground: Tensor, background: Tensor, text: Tensor, *, margin: float = 0.5, reduction: Reduction = 'mean',
     across: bool = False) -> Tensor
 load_encoder(name: str | PathLike[str] = 'ViT-B/32', *, device: torch.device | str | None = None, root: str |
     PathLike[str] | None = None) -> ImageTextEncoder
+matching_loss(foreground: Tensor, background: Tensor, text: Tensor, *, weights: tuple[float, float] = (10.0, 24.0),
+    reduction: Reduction = 'mean', across: bool = False) -> Tensor
 pipeline
 present_pairs(labels: Tensor) -> tuple[Tensor, Tensor]
 region_loss(cams: Tensor, *, across: bool = False) -> Tensor

@@ -22,8 +22,8 @@ PACKAGE = Path(cacl.__file__).parent
 # Each floor may import from itself and from those before it; what stands in no floor fails.
 FLOORS = [
     "constants errors _support",
-    "thresholds prompts selector regions losses criterion agreement camnet encoders backbones embedded crf random_walk "
-    "irn mining deeplab metrics tagger",
+    "thresholds prompts selector regions losses matching criterion agreement camnet encoders backbones embedded crf "
+    "random_walk irn mining deeplab metrics tagger",
     "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",
