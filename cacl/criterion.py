@@ -36,6 +36,89 @@ class CACLTerms(NamedTuple):
     """Share of the background prompts with a similarity of at least θ."""
 
 
+class EncodedRegions(NamedTuple):
+    """What an encoder sees of N pairs of an image and a class that it shows."""
+
+    foreground: Tensor
+    """``(N, D)``: of the image times the CAM, v_f."""
+    background: Tensor
+    """``(N, D)``: of the image times 1 − CAM, v_b."""
+    class_index: Tensor
+    """``(N,)`` int64."""
+
+
+class RegionEncoder(nn.Module):
+    """Foreground and background of every present class through an image-text encoder, in one call (CA-CL, eq. 2 and 3).
+
+    The encoder is frozen and follows ``.to()``, but is no part of ``state_dict()`` or ``parameters()``.
+
+    Args:
+        encoder: the image-text encoder.
+        width: D, the length of its texts.
+        num_classes: K.
+        normalization: ``"encoder"`` re-normalises the images to the encoder's statistics, ``"imagenet"`` leaves them.
+
+    Raises:
+        ValueError: if a member of the encoder or the normalisation is another one.
+        TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`, or one is of another type.
+    """
+
+    _scale: Tensor
+    _shift: Tensor
+
+    def __init__(
+        self,
+        encoder: ImageTextEncoder,
+        width: int,
+        num_classes: int,
+        *,
+        normalization: Literal["encoder", "imagenet"] = "encoder",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        check_encoder(encoder)
+        check_choice("normalization", normalization, ("encoder", "imagenet"))
+        if isinstance(encoder, nn.Module):
+            encoder.requires_grad_(False).eval()
+        self._encoder = (encoder,)  # in a tuple, so that it is no submodule
+        self.width, self.num_classes = width, num_classes
+        mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
+        for name, buffer in zip(
+            ("_scale", "_shift"), renormalisation(mean, std, device or torch.device("cpu")), strict=True
+        ):
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def encoder(self) -> ImageTextEncoder:
+        return self._encoder[0]
+
+    def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> EncodedRegions:
+        """Arguments and errors are those of :meth:`CACLLoss.forward`."""
+        check_tensor("images", images, "(B, 3, H, W)")
+        if images.shape[1] != 3:
+            raise expected("images", "a tensor (B, 3, H, W)", shape(images))
+        if images.device != self._scale.device:
+            raise expected("images", f"on {self._scale.device}, as the loss is, which .to() moves", images.device)
+        check_labels(labels, self.num_classes)
+        size = side_of(self.encoder)
+        small = resize(images, size) * self._scale + self._shift
+        foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
+        pairs = len(classes)
+        if pairs:
+            both = torch.cat((foreground_image, background_image))
+            answer: object = self.encoder.encode_image(both)
+            features = check_image_features(answer, both, self.width)
+        else:  # without a pair there is nothing to encode; the sums over nothing have a graph still
+            features = full(cams).sum() * torch.zeros(0, self.width, device=images.device)
+        return EncodedRegions(features[:pairs], features[pairs:], classes)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RegionEncoder:
+        if isinstance(self.encoder, nn.Module):
+            self.encoder._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
 class CACLLoss(nn.Module):
     """The whole CA-CL loss on images, CAMs and labels (CA-CL, eq. 2-14).
 
@@ -64,8 +147,6 @@ class CACLLoss(nn.Module):
         TypeError: if ``encoder`` lacks a member of :class:`ImageTextEncoder`, or one is of another type.
     """
 
-    _scale: Tensor
-    _shift: Tensor
     _background_text: Tensor
 
     def __init__(
@@ -89,8 +170,6 @@ class CACLLoss(nn.Module):
             check_range(argument, weight, 0, float("inf"))
         check_choice("normalization", normalization, ("encoder", "imagenet"))
         check_texts(prompts, backgrounds)
-        if isinstance(encoder, nn.Module):
-            encoder.requires_grad_(False).eval()
         if suppression is not None and not isinstance(suppression, BGSuppressionLoss):
             raise InputTypeError(
                 f"Expected argument `suppression` to be a BGSuppressionLoss, but got {type(suppression).__name__}."
@@ -100,7 +179,6 @@ class CACLLoss(nn.Module):
         prompts = PromptSet() if prompts is None else prompts
         self.names = check_words("names", names)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self._encoder = (encoder,)  # in a tuple, so that it is no submodule
         self.itc = ITCLoss(margin)
         self.bgs = BGSuppressionLoss() if suppression is None else suppression
         self.region = RegionLoss()
@@ -113,13 +191,14 @@ class CACLLoss(nn.Module):
             background_text = self.selector.prompt_features[:, :0]
         self.register_buffer("_background_text", background_text, persistent=False)
         self.bgs.to(background_text.device)
-        mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
-        for name, buffer in zip(("_scale", "_shift"), renormalisation(mean, std, background_text.device), strict=True):
-            self.register_buffer(name, buffer, persistent=False)
+        self.regions = RegionEncoder(
+            encoder, background_text.shape[2], len(self.names), normalization=normalization,
+            device=background_text.device,
+        )  # fmt: skip
 
     @property
     def encoder(self) -> ImageTextEncoder:
-        return self._encoder[0]
+        return self.regions.encoder
 
     def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CACLTerms:
         """The loss of a batch.
@@ -134,25 +213,9 @@ class CACLLoss(nn.Module):
                 is not ``(N, D)``, finite and differentiable. Values are looked at on the CPU only.
             TypeError: if an argument, or what the encoder gives, is of another type.
         """
-        check_tensor("images", images, "(B, 3, H, W)")
-        if images.shape[1] != 3:
-            raise expected("images", "a tensor (B, 3, H, W)", shape(images))
-        if images.device != self._scale.device:
-            raise expected("images", f"on {self._scale.device}, as the loss is, which .to() moves", images.device)
-        check_labels(labels, len(self.names))
         across = self.training and world_size() > 1
+        foreground, background, classes = self.regions(images, cams, labels)
         region = self.region(cams, across=across)
-        size = side_of(self.encoder)
-        small = resize(images, size) * self._scale + self._shift
-        foreground_image, background_image, _, classes = split_regions(small, cams, labels, size=size)
-        pairs = len(classes)
-        if pairs:
-            both = torch.cat((foreground_image, background_image))
-            answer: object = self.encoder.encode_image(both)
-            features = check_image_features(answer, both, self.selector.prompt_features.shape[2])
-        else:  # without a pair there is nothing to encode; the sums over nothing have a graph still
-            features = full(cams).sum() * self.selector.prompt_features[:0, 0]
-        foreground, background = features[:pairs], features[pairs:]
         text, _, s_ff = self.selector(foreground, classes, across=across)
         itc = self.itc(foreground, background, text, across=across)
         bgs = foreground.sum() * 0
@@ -170,12 +233,6 @@ class CACLLoss(nn.Module):
             "threshold": self.bgs.threshold.mean(),
             "template_share": counts / counts.sum().clamp(min=1),
         }
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CACLLoss:
-        if isinstance(self.encoder, nn.Module):
-            self.encoder._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def check_texts(prompts: object, backgrounds: object) -> None:
