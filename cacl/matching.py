@@ -1,4 +1,4 @@
-"""The losses of CLIMS and QA-CLIMS on features: matching a text, and contrast with background words."""
+"""The losses of CLIMS and QA-CLIMS on features, and POLE's adapter of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def matching_loss(
     reduction: Reduction = "mean",
     across: bool = False,
 ) -> Tensor:
-    r"""Object region and background region matching (CLIMS, Xie et al. 2022, eq. 4 and 5; POLE takes 10 and 25).
+    r"""Object region and background region matching (CLIMS, Xie et al. 2022; POLE weighs 10 and 25).
 
     .. math:: \frac{1}{N} \sum_i -w_1 \ln \cos(f_i, t_i) - w_2 \ln (1 - \cos(b_i, t_i))
 
@@ -86,7 +86,7 @@ def contrast_loss(
     reduction: Reduction = "sum",
     across: bool = False,
 ) -> Tensor:
-    r"""Region-text contrast with background words (QA-CLIMS, Deng et al. 2023, eq. 6 and 7).
+    r"""Region-text contrast with background words (QA-CLIMS, Deng et al. 2023).
 
     .. math:: \sum_i -w_1 \ln \frac{e^{\cos(f_i, t_i) / T}}{e^{\cos(f_i, t_i) / T} + \sum_l e^{\cos(f_i, d_{il}) / T}}
               - w_2 \ln \frac{m_i}{m_i + e^{\cos(b_i, t_i) / T}}, \quad
@@ -178,6 +178,27 @@ class ContrastLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, weights={self.weights}, reduction={self.reduction!r}"
+
+
+class Adapter(nn.Module):
+    r"""Features with a learned part (POLE): :math:`v' = r \odot A(v) + (1 - r) \odot v`.
+
+    Args:
+        width: D; between its two layers, each without a bias and followed by a ReLU, A has a quarter of that.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(1, width // 4)
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False), nn.ReLU()
+        )
+        self.ratio = nn.Parameter(torch.full((width,), 0.2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(N, D)`` -> ``(N, D)``."""
+        adapted: Tensor = self.ratio * self.layers(features) + (1 - self.ratio) * features
+        return adapted
 
 
 def _check_weights(weights: tuple[float, float]) -> None:

@@ -20,6 +20,7 @@ from cacl.deeplab import DeepLabV2
 from cacl.irn import IRNet
 from cacl.loading import order
 from cacl.log import Journal
+from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
 from cacl.stages.contrast import CACL, train_cacl
 from cacl.stages.irn import IRN, train_irnet
 from cacl.stages.segment import Segment, train_segmenter
@@ -83,6 +84,14 @@ def training(name: str, data: Path) -> dict[str, object]:
         net = CAMNet(2, backbone=Backbone())
         train_cacl(net, criterion, dataset, CACL(**common, lr=0.01, momentum=0.9), journal=journal)
         modules = [net, criterion]
+    elif name in METHODS:
+        settings = (
+            {"backgrounds": BackgroundSet({"boat": ["lake", "pier"], "train": ["track"]})} if name == "qa" else {}
+        )
+        rival = METHODS[name](TinyEncoder(), ("boat", "train"), **settings)
+        net = CAMNet(2, backbone=Backbone())
+        train_cacl(net, rival, dataset, CACL(**common, lr=0.001, momentum=0.9), journal=journal)
+        modules = [net, rival]
     elif name == "irn":
         irnet = IRNet(Backbone())
         train_irnet(irnet, dataset, data / "masks", IRN(**common, radius=4, momentum=0.9), journal=journal)
@@ -100,7 +109,8 @@ def training(name: str, data: Path) -> dict[str, object]:
     }
 
 
-NAMES = ("warmup", "cacl-fixed", "cacl-soft", "cacl-quantile", "irn", "segment")
+METHODS = {"clims": CLIMSLoss, "qa": QACLIMSLoss, "pole": POLELoss}
+NAMES = ("warmup", "cacl-fixed", "cacl-soft", "cacl-quantile", *METHODS, "irn", "segment")
 
 if __name__ == "__main__":
     data, out = Path(sys.argv[1]), Path(sys.argv[2])

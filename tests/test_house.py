@@ -23,7 +23,7 @@ PACKAGE = Path(cacl.__file__).parent
 FLOORS = [
     "constants errors _support",
     "thresholds prompts selector regions losses matching criterion agreement camnet encoders backbones embedded crf "
-    "random_walk irn mining deeplab metrics tagger",
+    "random_walk irn mining deeplab metrics tagger methods",
     "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",

@@ -1,0 +1,183 @@
+"""CLIMS, QA-CLIMS and POLE against a plain loop over the pairs in numpy, and trained in CA-CL's place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone, TinyEncoder
+from drawn import write_csv
+from test_criterion import BACKGROUNDS, IMAGENET_MEAN, IMAGENET_STD, NAMES
+from test_matching import contrast, cosine, matching
+from torch.nn import functional as F
+
+from cacl import CAMNet
+from cacl.datasets import CSVDataset
+from cacl.matching import Adapter
+from cacl.methods import BACKGROUND_WORDS, CLIMSLoss, POLELoss, QACLIMSLoss
+from cacl.settings import Machine
+from cacl.stages.contrast import CACL, train_cacl
+
+LABELS = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]])
+SYNONYMS = {"cat": ("kitten", "tom"), "boat": ("ship",)}
+THRESHOLD = 0.05
+
+
+@pytest.fixture
+def batch(randn):
+    return randn(3, 3, 48, 40), randn(3, 3, 3, 5).sigmoid().requires_grad_(), LABELS
+
+
+def regions(encoder, images, cams):
+    """Foreground and background features of each pair, one at a time, and its class."""
+    rows = []
+    for image, own, labels in zip(images, cams.detach(), LABELS, strict=True):
+        pixels = image.double().permute(1, 2, 0).numpy() * IMAGENET_STD + IMAGENET_MEAN
+        pixels = torch.from_numpy((pixels - encoder.mean) / encoder.std).permute(2, 0, 1)[None].float()
+        size = (encoder.image_size,) * 2
+        pixels = F.interpolate(pixels, size, mode="bilinear")
+        for k in labels.nonzero()[:, 0].tolist():
+            mask = F.interpolate(own[None, k : k + 1], size, mode="bilinear")
+            with torch.no_grad():
+                both = [encoder.encode_image(pixels * part)[0].double().numpy() for part in (mask, 1 - mask)]
+            rows.append((*both, k))
+    f, b, k = zip(*rows, strict=True)
+    return np.array(f), np.array(b), list(k)
+
+
+def texts(encoder, words):
+    return encoder.encode_text([f"a photo of {word}." for word in words]).double().numpy()
+
+
+def suppressed(f, words):
+    s = cosine(f[:, None], words[None])
+    return -np.log(1 - s * (s >= THRESHOLD)).sum()
+
+
+def close(terms, **wanted):
+    for name, value in wanted.items():
+        assert getattr(terms, name).item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_clims(batch):
+    encoder = TinyEncoder()
+    terms = CLIMSLoss(encoder, NAMES, aliases={"dog": "puppy"}, threshold=THRESHOLD)(*batch)
+    f, b, k = regions(encoder, *batch[:2])
+    t = texts(encoder, ["cat", "puppy", "boat"])[k]
+    match, bgs = matching(f, b, t).mean(), suppressed(f, texts(encoder, BACKGROUND_WORDS))
+    area = batch[1].mean().item()
+    close(terms, total=match + bgs + 0.2 * area, matching=match, bgs=bgs, region=area)
+    close(terms, foreground_similarity=cosine(f, t).mean(), background_similarity=cosine(b, t).mean())
+
+
+def test_clims_of_coco(batch):
+    encoder = TinyEncoder()
+    settings = {"weights": (2.0, 14.0), "beta": 1.25, "threshold": THRESHOLD, "words": ["sky", "road"]}
+    terms = CLIMSLoss(encoder, NAMES, **settings)(*batch)
+    f, b, k = regions(encoder, *batch[:2])
+    match = matching(f, b, texts(encoder, NAMES)[k], weights=(2.0, 14.0)).mean()
+    bgs = suppressed(f, texts(encoder, ["sky", "road"]))
+    close(terms, total=match + 1.25 * bgs + 0.2 * batch[1].mean().item(), bgs=bgs)
+
+
+def test_qa_clims(batch):
+    encoder = TinyEncoder()
+    terms = QACLIMSLoss(encoder, NAMES, backgrounds=BACKGROUNDS)(*batch)
+    f, b, k = regions(encoder, *batch[:2])
+    words = np.zeros((3, 2, f.shape[1]))
+    for i, name in enumerate(NAMES):
+        own = texts(encoder, BACKGROUNDS[name])
+        words[i, : len(own)] = own
+    value = contrast(f, b, texts(encoder, NAMES)[k], words[k]).sum()
+    close(terms, total=value + 0.2 * batch[1].mean().item(), contrast=value)
+
+
+def test_pole(batch):
+    """Its adapters, written out."""
+    encoder = TinyEncoder()
+    loss = POLELoss(encoder, NAMES, synonyms=SYNONYMS, threshold=THRESHOLD)
+    terms = loss(*batch)
+    f, b, k = regions(encoder, *batch[:2])
+    chosen = []
+    for row, index in zip(f, k, strict=True):
+        candidates = texts(encoder, [NAMES[index], *SYNONYMS.get(NAMES[index], ())])
+        chosen.append(max(candidates, key=lambda t: cosine(row, t)))
+    t = np.array(chosen)
+
+    def adapted(adapter, v):
+        first, _, second, _ = (getattr(layer, "weight", None) for layer in adapter.layers)
+        a = np.maximum(np.maximum(v @ first.detach().double().numpy().T, 0) @ second.detach().double().numpy().T, 0)
+        return 0.2 * a + 0.8 * v
+
+    unit = t / np.linalg.norm(t, axis=1, keepdims=True)
+    image, text = loss.image_adapter, loss.text_adapter
+    match = matching(adapted(image, f), adapted(image, b), adapted(text, unit), weights=(10.0, 25.0)).mean()
+    bgs = suppressed(f, texts(encoder, BACKGROUND_WORDS))
+    close(terms, total=match + bgs, matching=match, bgs=bgs, region=0)
+    terms.total.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in loss.parameters())
+    assert {name.partition(".")[0] for name, _ in loss.named_parameters()} == {"image_adapter", "text_adapter"}
+    state = POLELoss(encoder, NAMES, synonyms=SYNONYMS, threshold=THRESHOLD, seed=1).state_dict()
+    assert not torch.equal(state["image_adapter.layers.0.weight"], image.layers[0].weight)
+
+
+def test_an_adapter_begins_at_a_fifth():
+    adapter = Adapter(8)
+    torch.nn.init.zeros_(adapter.layers[2].weight)
+    torch.testing.assert_close(adapter(torch.ones(2, 8)), torch.full((2, 8), 0.8))
+
+
+def make(name, encoder):
+    if name == "qa":
+        return QACLIMSLoss(encoder, NAMES, backgrounds=BACKGROUNDS)
+    return CLIMSLoss(encoder, NAMES) if name == "clims" else POLELoss(encoder, NAMES, synonyms=SYNONYMS)
+
+
+@pytest.mark.parametrize("name", ["clims", "qa", "pole"])
+def test_the_gradient_reaches_the_cams_and_no_encoder(name, batch):
+    encoder = TinyEncoder()
+    loss = make(name, encoder)
+    loss(*batch).total.backward()
+    gradient = batch[1].grad
+    assert gradient[0, :2].abs().max() > 0
+    assert gradient[2, 2].abs().max() > 0
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert not any("encoder" in key for key in loss.state_dict())
+
+
+@pytest.mark.parametrize("name", ["clims", "qa", "pole"])
+def test_without_a_label_nothing_but_the_area_is_left(name, batch):
+    images, cams, labels = batch
+    terms = make(name, TinyEncoder())(images, cams, labels * 0)
+    terms.total.backward()
+    assert terms.total.item() == pytest.approx(0 if name == "pole" else 0.2 * cams.mean().item())
+    assert cams.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: CLIMSLoss(e, NAMES, gamma=-1), "`gamma` to be a number in"),
+        (lambda e: CLIMSLoss(e, NAMES, words=[]), "`words`"),
+        (lambda e: POLELoss(e, NAMES, synonyms={"cat": "kitten"}), "`synonyms` to have a list of words for 'cat'"),
+        (lambda e: QACLIMSLoss(e, NAMES, normalization="clip"), '`normalization` to be one of "encoder", "imagenet"'),
+        (lambda e: QACLIMSLoss(e, NAMES, temperature=0), "`temperature` to be a number in"),
+    ],
+)
+def test_mistakes_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(TinyEncoder())
+
+
+@pytest.mark.parametrize("kind", [CLIMSLoss, POLELoss])
+def test_it_trains_in_the_place_of_the_other_loss(tmp_path, kind):
+    dataset = CSVDataset(write_csv(tmp_path / "data"), "train")
+    criterion = kind(TinyEncoder(), dataset.classes)
+    net = CAMNet(2, backbone=TinyBackbone())
+    before = {name: value.clone() for name, value in (net.state_dict() | criterion.state_dict()).items()}
+    settings = CACL(epochs=1, batch_size=3, crop=32, lr=0.01)
+    train_cacl(net, criterion, dataset, settings, machine=Machine(progress=False))
+    after = net.state_dict() | criterion.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in net.state_dict())
+    if kind is POLELoss:
+        assert not torch.equal(after["text_adapter.ratio"], before["text_adapter.ratio"])
