@@ -142,7 +142,7 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
         try:
             words = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: expected a JSON object of background words, but {error}") from None
+            raise InputError(f"{path}: expected a JSON object of words a class, but {error}") from None
         if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
             raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
         if n is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,14 @@ from test_criterion import BACKGROUNDS, IMAGENET_MEAN, IMAGENET_STD, NAMES
 from test_matching import contrast, cosine, matching
 from torch.nn import functional as F
 
-from cacl import CAMNet
+from cacl import BackgroundSet, CAMNet, pipeline
+from cacl.config import Config
 from cacl.datasets import CSVDataset
 from cacl.matching import Adapter
 from cacl.methods import BACKGROUND_WORDS, CLIMSLoss, POLELoss, QACLIMSLoss
+from cacl.runs.session import Session
 from cacl.settings import Machine
-from cacl.stages.contrast import CACL, train_cacl
+from cacl.stages.contrast import CACL, criterion_of, train_cacl
 
 LABELS = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]])
 SYNONYMS = {"cat": ("kitten", "tom"), "boat": ("ship",)}
@@ -181,3 +185,103 @@ def test_it_trains_in_the_place_of_the_other_loss(tmp_path, kind):
     assert any(not torch.equal(after[name], before[name]) for name in net.state_dict())
     if kind is POLELoss:
         assert not torch.equal(after["text_adapter.ratio"], before["text_adapter.ratio"])
+
+
+# In a run
+
+
+def load(root, out, *settings):
+    common = ["data.format=csv", "data.train=train", "data.eval=val", f"data.root={root}", f"run.out={out}"]
+    return Config.load("voc", [*common, *settings])
+
+
+def test_a_method_brings_its_own_numbers_and_a_key_of_ones_own_wins(tmp_path):
+    table = load(tmp_path, tmp_path, "cacl.method=qa-clims", "cacl.epochs=3").table(CACL)
+    assert (table.epochs, table.batch_size, table.lr, table.schedule) == (3, 8, 3.5e-4, "poly")
+    assert (table.alpha, table.background_weight, table.gamma) == (10, 8, 0.2)
+    pole = load(tmp_path, tmp_path, "cacl.method=pole").table(CACL)
+    assert (pole.epochs, pole.lr, pole.alpha, pole.background_weight, pole.beta) == (15, 2.5e-4, 10, 25, 1)
+    own = load(tmp_path, tmp_path).table(CACL)
+    assert (own.epochs, own.schedule, own.alpha, own.gamma) == (20, "cosine", 40, 0.4)
+    with pytest.raises(ValueError, match=r"\[cacl\] method: input should be 'cacl', 'clims', 'qa-clims' or 'pole'"):
+        load(tmp_path, tmp_path, "cacl.method=clim")
+
+
+RUN = [
+    "run.device=cpu", "run.workers=0", "run.progress=false", "warmup.epochs=0", "cacl.epochs=1", "cacl.batch_size=3",
+    "cacl.crop=32", "cacl.lr=0.01", "cams.scales=[1.0]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["clims", "qa-clims", "pole"])
+def test_a_run_trains_with_it(tmp_path, name):
+    """The same weights as by hand."""
+    root = write_csv(tmp_path / "data")
+    config = load(root, tmp_path / "out", *RUN, f"cacl.method={name}", 'cacl.words=["lake", "track"]')
+    encoder, stages = TinyEncoder(), ["warmup", "cacl", "cams"]
+    result = pipeline.run(config, encoder=encoder, backbone=TinyBackbone(), stages=stages)
+    names, words = ("boat", "train"), {"words": ["lake", "track"]}
+    loss = {
+        "clims": lambda: CLIMSLoss(encoder, names, **words),
+        "qa-clims": lambda: QACLIMSLoss(encoder, names, backgrounds=BackgroundSet.voc()),
+        "pole": lambda: POLELoss(encoder, names, **words),
+    }[name]()
+    net = CAMNet(2, backbone=TinyBackbone())
+    net.load_state_dict(torch.load(result.out / "warmup/model.pt", weights_only=True))
+    train_cacl(net, loss, CSVDataset(root, "train"), config.table(CACL), machine=Machine(progress=False))
+    made = torch.load(result.out / "cacl/model.pt", weights_only=True)
+    assert all(torch.equal(value, made[key]) for key, value in net.state_dict().items())
+    records = [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
+    logged = {"qa-clims": "contrast"}.get(name, "matching")
+    assert all(record[logged] > 0 for record in records if record["stage"] == "cacl")
+    assert pipeline.plan(config, stages, encoder=encoder, backbone=TinyBackbone()) == [
+        "warmup: finished", "cacl: finished", "cams: finished",
+    ]  # fmt: skip
+    other = load(root, tmp_path / "out", *RUN, "cacl.method=cacl")
+    assert "cacl: to be done again" in pipeline.plan(other, stages, encoder=encoder, backbone=TinyBackbone())
+
+
+def test_the_report_calls_it_by_its_name(tmp_path):
+    root = write_csv(tmp_path / "data")
+    more = ["segment.epochs=0", "segment.backbone=", "irn.epochs=0", "masks.affinity=none", "report.images=2"]
+    config = load(root, tmp_path / "out", *RUN, *more, "cacl.method=clims")
+    result = pipeline.run(config, encoder=TinyEncoder(), backbone=TinyBackbone())
+    page = (result.out / "report/index.html").read_text()
+    assert "CAM after CLIMS" in page
+    assert "CAM after CA-CL" not in page
+    assert "the same 10 background words for all classes" in page
+
+
+def test_synonyms_of_ones_own(tmp_path):
+    root = write_csv(tmp_path / "data")
+    (tmp_path / "synonyms.json").write_text('{"boat": ["ship", "barge"]}')
+    config = load(root, tmp_path / "out", *RUN, "cacl.method=pole", f"cacl.synonyms={tmp_path / 'synonyms.json'}")
+    session = Session(config, TinyEncoder(), TinyBackbone())
+    known = criterion_of(session, config.table(CACL)).selector.prompt_features
+    encoded = TinyEncoder().encode_text([f"a photo of {word}." for word in ("boat", "ship", "barge", "train")])
+    wanted = F.normalize(encoded, dim=-1)[torch.tensor([[0, 1, 2], [3, 3, 3]])]
+    torch.testing.assert_close(known, wanted)
+    config = load(root, tmp_path / "out", *RUN, "cacl.method=pole", "cacl.synonyms=nowhere.json")
+    with pytest.raises(ValueError, match=r"nowhere.json: expected a JSON object of words a class"):
+        pipeline.run(config, encoder=TinyEncoder(), backbone=TinyBackbone(), stages=["warmup", "cacl"])
+
+
+SCENES = ["scenes.train=2", "scenes.val=2", "scenes.size=32", "run.workers=0"]
+
+
+@pytest.mark.parametrize("name", ["clims", "qa-clims", "pole"])
+def test_the_embedded_encoder_knows_the_words_of_its_preset(tmp_path, name):
+    places = [f"run.out={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}"]
+    config = Config.load("scenes", [*SCENES, *places, f"cacl.method={name}"])
+    assert criterion_of(Session(config), config.table(CACL))
+
+
+def test_words_that_the_encoder_does_not_know_show_before_the_warm_up(tmp_path):
+    config = Config.load(
+        "scenes",
+        [*SCENES, f"run.out={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}", "cacl.method=clims",
+         'cacl.words=["zeppelin"]'],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not know the word 'zeppelin'"):
+        pipeline.run(config, stages=["warmup", "cacl"])
+    assert not (tmp_path / "out/warmup/model.pt").exists()

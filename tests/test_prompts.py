@@ -384,8 +384,8 @@ def test_from_json(written):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("boat: water", "expected a JSON object of background words, but Expecting value"),
-        ("", "expected a JSON object of background words, but Expecting value"),
+        ("boat: water", "expected a JSON object of words a class, but Expecting value"),
+        ("", "expected a JSON object of words a class, but Expecting value"),
         ('{"boat": ["a"], "boat": ["b"]}', "'boat' stands twice"),
         ('["water"]', "expected a JSON object that maps each class to a list of words."),
         ('{"boat": "water"}', "expected a JSON object that maps each class to a list of words."),
@@ -408,7 +408,7 @@ def test_from_json_without_a_file(tmp_path):
 
 def test_from_json_that_is_not_utf8(tmp_path):
     (tmp_path / "words.json").write_bytes(b'{"boat": ["\xff"]}')
-    with pytest.raises(ValueError, match=r"words\.json: expected a JSON object of background words, but .*utf-8"):
+    with pytest.raises(ValueError, match=r"words\.json: expected a JSON object of words a class, but .*utf-8"):
         BackgroundSet.from_json(tmp_path / "words.json")
 
 

@@ -196,3 +196,31 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+@contextmanager
+def put_back(given: object) -> Iterator[None]:
+    """Leave an object that was given as it was, in state and mode, if it is a module; else it would be another one the
+    next time."""
+    modules = list(given.modules()) if isinstance(given, nn.Module) else []
+    before = [
+        (module, dict(vars(module)), dict(module._modules), _copies(module._parameters), _copies(module._buffers))
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, children, parameters, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for name, value in parameters.items():
+                if (own := module._parameters[name]) is not None and value is not None:
+                    own.data = value
+
+
+def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.detach().clone() for name, value in tensors.items()}

@@ -15,13 +15,14 @@ from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.figures.style import check_report
+from cacl.methods import BACKGROUND_WORDS, TEMPLATE
 from cacl.report import sections
 from cacl.report.galleries import cam_gallery, open_ablation, segmentation_gallery, step_gallery
 from cacl.report.gallery import Gallery
 from cacl.report.page import Page, render
 from cacl.runs.session import Session
 from cacl.stages.chain import CHAIN, Chain
-from cacl.stages.contrast import CACL
+from cacl.stages.contrast import CACL, METHODS
 
 logger = logging.getLogger("cacl")
 
@@ -147,12 +148,19 @@ def _facts(session: Session) -> list[tuple[str, str]]:
     encoder, backbone = (
         type(own).__name__ if own is not None else "" for own in (session.given_encoder, session.given_backbone)
     )
-    if session.table(CACL).beta == 0:
+    method = session.table(CACL)
+    if method.method in ("clims", "pole"):
+        shared = len(BACKGROUND_WORDS if method.words is None else method.words)
+        suppressed = f"the same {shared} background words for all classes"
+    elif method.method == "cacl" and method.beta == 0:
         suppressed = "no background words"
     else:
         count = f"{words.n}" if words.n else "the default"
         suppressed = f"{count} background words a class" + (f", from {words.file.name}" if words.file else "")
+    if method.method != "cacl":
+        templates = len(TEMPLATE)
     return [
+        ("Method", METHODS[method.method] if session.given_criterion is None else "another criterion"),
         ("Data", f"{data.format}, {data.root}"),
         ("Classes", f"{len(session.train.classes)}"),
         ("Training", f"{len(session.train)} images of the split {data.train}: labels only, no masks"),

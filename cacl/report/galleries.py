@@ -23,6 +23,7 @@ from cacl.report.gallery import Gallery
 from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
 from cacl.stages.cams import CAMs, camnet, own_scores, predict_cams
+from cacl.stages.contrast import CACL, METHODS
 from cacl.stages.irn import IRN, refine_cams
 from cacl.stages.predict import prediction_folder
 from cacl.stages.stage import Judged
@@ -33,7 +34,7 @@ logger = logging.getLogger("cacl")
 def cam_gallery(session: Session) -> Gallery | None:
     """CAMs after the warm-up beside those after CA-CL (the paper's figure 4), of images that were not trained on if
     there are any."""
-    stages = {"CAM after the warm-up": "warmup", "CAM after CA-CL": "cacl"}
+    stages = {"CAM after the warm-up": "warmup", f"CAM after {method(session)}": "cacl"}
     return _compared(session, {title: (session, stage) for title, stage in stages.items() if finished(session, stage)})
 
 
@@ -78,7 +79,7 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
     score = _score(session, "cacl")
-    titles = ["photo", *(["CAM after CA-CL", f"its mask at {score:g}"] if labelled else [])]
+    titles = ["photo", *([f"CAM after {method(session)}", f"its mask at {score:g}"] if labelled else [])]
     gallery = Gallery(dataset, [*titles, prediction_title(session), *_truth_title(dataset, chosen)])
     for i in chosen:
         photo = _photo(dataset, i)
@@ -217,6 +218,11 @@ def _has(session: Session, stage: str) -> bool:
 def predicted(session: Session) -> Dataset | None:
     """The images that the stage ``predict`` made masks for, if it has."""
     return session.segmented if finished(session, "predict") else None
+
+
+def method(session: Session) -> str:
+    """What the method is called whose loss CAMs were trained with."""
+    return METHODS[session.table(CACL).method]
 
 
 def prediction_title(session: Session) -> str:

@@ -14,6 +14,7 @@ from cacl.report.galleries import (
     Ablation,
     ablation_galleries,
     agreement_galleries,
+    method,
     prediction_title,
     ranked_galleries,
 )
@@ -49,7 +50,7 @@ def _named(session: Session) -> Iterator[Score]:
     for name, score in session.files.scores().items():
         if name in stages:  # else it is of another chain
             shown = (stages[name].shown or "{what}").replace("{crf}", " + CRF" if score.crf else "")
-            shown = shown.replace("{what}", score.what)
+            shown = shown.replace("{what}", score.what).replace("CA-CL", method(session))
             yield replace(score, what=shown[:1].upper() + shown[1:])
 
 
@@ -88,12 +89,14 @@ def training(session: Session) -> Section:
     section = Section("training", "Training", "Thin: the measured steps. Thick: their running mean.")
     records, table = session.files.log.records(), session.table(CACL)
     if any("loss" in record for record in records):
-        weights = {"itc": table.alpha, "bgs": table.beta, "region": table.gamma}
+        weights = {"bgs": table.beta, "region": table.gamma}
+        if table.method == "cacl":
+            weights["itc"] = table.alpha
         drawn = chart(
             figures.loss_curves(records, weights=weights, titles=titles(session)), "Loss of each stage over the epochs"
         )
         about = "The loss of each stage that trains."
-        if any(record.get("stage") == "cacl" for record in records):
+        if table.method == "cacl" and any(record.get("stage") == "cacl" for record in records):
             about += (
                 " That of CA-CL is shown with its terms as they add up (eq. 14): contrast of foreground and background "
                 "(ITC), background suppression (BGS), area (REG)."
@@ -235,4 +238,4 @@ def costs(session: Session) -> Section:
 
 def titles(session: Session) -> dict[str, str]:
     """Stage -> what people call it."""
-    return {stage.name: stage.title for stage in session.chain}
+    return {stage.name: stage.title.replace("CA-CL", method(session)) for stage in session.chain}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from cacl._support.answers import check_callable, check_terms
 from cacl._support.surroundings import building
-from cacl._support.weights import check_can_be_saved, evaluating
+from cacl._support.weights import check_can_be_saved, evaluating, put_back
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import FORMATS, Dataset
@@ -21,6 +20,7 @@ from cacl.errors import InputError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
+from cacl.methods import BACKGROUND_WORDS, SYNONYMS, CLIMSLoss, POLELoss, QACLIMSLoss
 from cacl.prompts import BackgroundSet, PromptSet, words_for
 from cacl.settings import (
     Backgrounds,
@@ -29,6 +29,8 @@ from cacl.settings import (
     Data,
     Encoder,
     Epochs,
+    Factor,
+    FileOrName,
     Machine,
     Prompts,
     Schedule,
@@ -46,9 +48,29 @@ Criterion = Callable[[Tensor, Tensor, Tensor], Any]
 besides comes from an optional ``record() -> dict`` of tensors."""
 
 
-class CACL(Training):
-    """``[cacl]``: CA-CL training, under the paper's names."""
+METHODS = {"cacl": "CA-CL", "clims": "CLIMS", "qa-clims": "QA-CLIMS", "pole": "POLE"}
+"""The values of ``method``, and what people call them."""
 
+
+class CACL(Training):
+    """``[cacl]``: CA-CL training, under the paper's names, or that of another method in its place.
+
+    ``method`` gives the values of the keys that are not given themselves: its authors' for VOC.
+    """
+
+    chosen_by: ClassVar[str] = "method"
+    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "cacl": {},
+        "clims": {"epochs": 15, "schedule": "poly", "alpha": 10.0, "gamma": 0.2},
+        "qa-clims": {
+            "epochs": 15, "batch_size": 8, "lr": 3.5e-4, "schedule": "poly", "alpha": 10.0, "background_weight": 8.0,
+            "gamma": 0.2,
+        },
+        "pole": {"epochs": 15, "schedule": "poly", "alpha": 10.0, "background_weight": 25.0},
+    }  # fmt: skip
+
+    method: Literal["cacl", "clims", "qa-clims", "pole"] = "cacl"
+    """Whose loss: CA-CL's, or one of :mod:`cacl.methods`."""
     epochs: Epochs = 20
     lr: Weight = 2.5e-4
     """Of the backbone; the classifier's is ten times that."""
@@ -56,11 +78,13 @@ class CACL(Training):
     margin: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.5
     """Of the contrastive loss (eq. 6)."""
     alpha: Weight = 40.0
-    """Weight of the image-text contrastive loss (eq. 14)."""
+    """Weight of the image-text contrastive loss (eq. 14); of the other methods, that of the foreground's part."""
+    background_weight: Weight = 24.0
+    """Weight of the background's part, of the other methods."""
     beta: Weight = 1.0
-    """Weight of the background suppression (eq. 14)."""
+    """Weight of the background suppression (eq. 14); ``"qa-clims"`` has none."""
     gamma: Weight = 0.4
-    """Weight of the region loss (eq. 14)."""
+    """Weight of the region loss (eq. 14); ``"pole"`` has none."""
     threshold: Cosine = 0.26
     """θ of eq. 10, or what it starts from."""
     threshold_mode: Literal["soft", "quantile", "fixed"] = "fixed"
@@ -75,6 +99,13 @@ class CACL(Training):
     """Of the running quantile."""
     template: Count | None = None
     """Always this template instead of DCPS."""
+    contrast_temperature: Factor = 0.7
+    """Of the contrast of ``"qa-clims"``."""
+    words: tuple[str, ...] | None = None
+    """The background words of all classes, of ``"clims"`` and ``"pole"``; by default their ten for VOC."""
+    synonyms: FileOrName = "voc"
+    """Other words for classes, of ``"pole"``: those of VOC that come with the package, a JSON file class -> words, or
+    empty for none."""
 
 
 def train_cacl(
@@ -138,8 +169,9 @@ def _logged(values: Mapping[str, Any], device: torch.device) -> dict[str, Tensor
 
 
 def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
-    """The background words of a run; None where nothing is suppressed."""
-    return None if settings.beta == 0 or run.given_criterion is not None else known_words(run)
+    """The background words of a run's classes; None where its loss takes none."""
+    taken = settings.beta > 0 if settings.method == "cacl" else settings.method == "qa-clims"
+    return known_words(run) if taken and run.given_criterion is None else None
 
 
 def known_words(run: Context) -> BackgroundSet:
@@ -167,6 +199,9 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
         if run.given_criterion is not None:
             check_callable("criterion", given)
             return run.given_criterion
+        if settings.method != "cacl":
+            with building():
+                return _rival(run, settings)
         with building():
             suppression = BGSuppressionLoss(
                 settings.threshold,
@@ -191,11 +226,33 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
     return run.shared("criterion", make)
 
 
+def _rival(run: Context, settings: CACL) -> nn.Module:
+    """The loss of another method."""
+    encoder, names, weights = run.encoder, run.train.classes, (settings.alpha, settings.background_weight)
+    if settings.method == "qa-clims":
+        return QACLIMSLoss(
+            encoder, names, backgrounds=backgrounds(run, settings), temperature=settings.contrast_temperature,
+            weights=weights, gamma=settings.gamma,
+        )  # fmt: skip
+    words = BACKGROUND_WORDS if settings.words is None else settings.words
+    if settings.method == "clims":
+        return CLIMSLoss(
+            encoder, names, words=words, weights=weights, beta=settings.beta, gamma=settings.gamma,
+            threshold=settings.threshold,
+        )  # fmt: skip
+    synonyms = {"voc": SYNONYMS, "": {}}.get(settings.synonyms)
+    return POLELoss(
+        encoder, names, synonyms=BackgroundSet.from_json(settings.synonyms) if synonyms is None else synonyms,
+        words=words, weights=weights, beta=settings.beta, threshold=settings.threshold, seed=run.seed,
+    )  # fmt: skip
+
+
 def _check(run: Context, settings: CACL) -> None:
     """Whether the loss can be computed: an encoder's first answer comes here, not after the warm-up."""
     criterion = criterion_of(run, settings)
-    if not isinstance(criterion, CACLLoss):
+    if run.given_criterion is not None:
         return
+    assert isinstance(criterion, CACLLoss | CLIMSLoss | QACLIMSLoss | POLELoss)
     device, classes = run.machine.device, len(criterion.names)
     images = torch.linspace(-1, 1, 3 * 8 * 8, device=device).view(1, 3, 8, 8)
     cams = torch.full((1, classes, 2, 2), 0.5, device=device, requires_grad=True)
@@ -205,36 +262,9 @@ def _check(run: Context, settings: CACL) -> None:
 
 def _run(run: Context, settings: CACL, folder: Path, journal: Journal) -> None:
     net, criterion = run.to_train(camnet(run, "warmup")), criterion_of(run, settings)
-    with _put_back(run.given_criterion):
+    with put_back(run.given_criterion):
         train_cacl(net, criterion, run.train, settings, seed=run.seed, machine=run.machine, journal=journal)
     save_model(folder, net)
-
-
-@contextmanager
-def _put_back(given: Criterion | None) -> Iterator[None]:
-    """Leave a criterion that was given as it was, in state and mode; else it would be another one the next time."""
-    modules = list(given.modules()) if isinstance(given, nn.Module) else []
-    before = [
-        (module, dict(vars(module)), dict(module._modules), _copies(module._parameters), _copies(module._buffers))
-        for module in modules
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, children, parameters, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for name, value in parameters.items():
-                if (own := module._parameters[name]) is not None and value is not None:
-                    own.data = value
-
-
-def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if value is None else value.detach().clone() for name, value in tensors.items()}
 
 
 def _depends(run: Context, settings: CACL) -> tuple[object, ...]:
