@@ -20,6 +20,7 @@ from torch import nn
 from cacl.artifacts import made_mask, save_mask
 from cacl.config import Config
 from cacl.datasets import Dataset
+from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.metrics import ConfusionMatrix
 from cacl.runs.session import Session
@@ -44,14 +45,17 @@ def quality(dataset: Dataset, masks: Path) -> float:
     return matrix.miou
 
 
-def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any]:
+def compare(
+    folder: Path, *, encoder: ImageTextEncoder | None = None, backbone: nn.Module | None = None
+) -> dict[str, Any]:
     """Mean IoU by the run's own segmenter and by the same network on true masks.
 
     Args:
         folder: of a run that has finished `predict`.
+        encoder: the one that was passed to the run, if one was.
         backbone: the one that was passed to the run, if one was.
     """
-    run = Session(Config.of_run(folder), given_backbone=backbone)
+    run = Session(Config.of_run(folder), given_encoder=encoder, given_backbone=backbone)
     seen, settings, shown = run.segmented, run.table(Segment), run.table(Predict)
     if not seen.masked:
         raise InputError(f"{folder}: the images that are predicted have no masks")
@@ -66,8 +70,11 @@ def compare(folder: Path, *, backbone: nn.Module | None = None) -> dict[str, Any
     }
     for name, stage, crf in (("network", "segment", False), ("crf", "predict", True)):
         known = own[stage].miou
-        tagger = trained_tagger(run) if crf else None
-        true = evaluate_segmenter(net, seen, shown, machine=run.machine, crf=crf, tagger=tagger)[0].miou
+        labelled = crf and seen is run.train  # as in `predict`
+        tagger = trained_tagger(run) if crf and not labelled else None
+        true = evaluate_segmenter(
+            net, seen, shown, machine=run.machine, crf=crf, labelled=labelled, tagger=tagger
+        )[0].miou  # fmt: skip
         found[name] = {"pseudo": known, "true": true, "share": known / true if true else float("nan")}
     return found
 

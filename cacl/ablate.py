@@ -76,6 +76,8 @@ def run(
     check_positive("seeds", seeds)
     for table in tables:
         check_choice("tables", table, TABLES)
+    if (method := config.table(CACL).method) != "cacl":
+        raise InputError(f"[cacl] method: expected 'cacl', whose parts the tables vary, but got {method!r}")
     with (
         process_group(local_device(config.run.device, "[run] device"), config.run.timeout_seconds),
         locked(config.run.out),

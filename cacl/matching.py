@@ -197,6 +197,7 @@ class Adapter(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``(N, D)`` -> ``(N, D)``."""
+        features = features.to(self.ratio.dtype)
         adapted: Tensor = self.ratio * self.layers(features) + (1 - self.ratio) * features
         return adapted
 

@@ -16,32 +16,18 @@ from cacl._support.answers import check_encoder
 from cacl._support.checks import check_range, check_words
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, reduced
+from cacl._support.names import plain
+from cacl._support.surroundings import building
 from cacl.criterion import EncodedRegions, RegionEncoder, check_texts
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.losses import BGSuppressionLoss, RegionLoss
 from cacl.matching import Adapter, ContrastLoss, MatchingLoss
-from cacl.prompts import BackgroundSet, PromptSet
+from cacl.prompts import ALIASES, BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet
 from cacl.selector import ContextSelector
 
 TEMPLATE = PromptSet(["a photo of {}."])
 """The one template of these methods."""
-BACKGROUND_WORDS = (
-    "tree", "river", "sea", "lake", "water", "railway", "railroad", "track", "stone", "rocks",
-)  # fmt: skip
-"""The background words of CLIMS for VOC, the same for all classes."""
-ALIASES = {"person": "player"}
-"""What CLIMS calls classes in texts."""
-SYNONYMS: Mapping[str, tuple[str, ...]] = {
-    "aeroplane": ("airplane", "plane", "jet"), "bicycle": ("bike", "cycle"), "bird": ("songbird", "waterfowl"),
-    "boat": ("ship", "vessel", "yacht"), "bottle": ("flask", "jar"), "bus": ("coach", "minibus"),
-    "car": ("automobile", "vehicle"), "cat": ("kitten", "house cat"), "chair": ("seat", "armchair"),
-    "cow": ("cattle", "bull"), "diningtable": ("dining table", "table"), "dog": ("puppy", "hound"),
-    "horse": ("pony", "racehorse"), "motorbike": ("motorcycle", "scooter"), "person": ("player", "people", "human"),
-    "pottedplant": ("potted plant", "houseplant"), "sheep": ("lamb", "ram"), "sofa": ("couch", "settee"),
-    "train": ("locomotive", "tram"), "tvmonitor": ("television", "computer monitor"),
-}  # fmt: skip
-"""Other words for the classes of VOC; our own list."""
 
 
 class CLIMSTerms(NamedTuple):
@@ -116,8 +102,9 @@ class CLIMSLoss(nn.Module):
         self.names = check_words("names", names)
         self.beta, self.gamma = beta, gamma
         self.matching, self.bgs, self.region = MatchingLoss(weights), BGSuppressionLoss(threshold), RegionLoss()
-        text = TEMPLATE.encode(encoder, [aliases.get(name, name) for name in self.names])[:, 0]
-        suppressed = TEMPLATE.encode(encoder, check_words("words", words))[:, 0]
+        called = [alias if (alias := aliases.get(name, name)) not in self.names else name for name in self.names]
+        text = TEMPLATE.encode(encoder, called)[:, 0]
+        suppressed = TEMPLATE.encode(encoder, _shared(words, self.names))[:, 0]
         self.register_buffer("_text", text, persistent=False)
         self.register_buffer("_words", suppressed, persistent=False)
         self.bgs.to(text.device)
@@ -244,7 +231,7 @@ class POLELoss(nn.Module):
         _check_weights(beta=beta)
         self.names, self.beta = check_words("names", names), beta
         self.matching, self.bgs = MatchingLoss(weights), BGSuppressionLoss(threshold)
-        known = [(name, *_synonyms(name, synonyms)) for name in self.names]
+        known = [(name, *_synonyms(name, synonyms, self.names)) for name in self.names]
         texts: dict[str, str] = {}
         for word in (word for own in known for word in own):
             texts.setdefault(word.lower(), word)
@@ -254,10 +241,10 @@ class POLELoss(nn.Module):
         index = [[places[word.lower()] for word in (*own, *own[:1] * (most - len(own)))] for own in known]
         encoded = TEMPLATE.encode(encoder, list(texts.values()))[:, 0]
         self.selector = ContextSelector(encoded[torch.tensor(index, device="cpu")])
-        suppressed = TEMPLATE.encode(encoder, check_words("words", words))[:, 0]
+        suppressed = TEMPLATE.encode(encoder, _shared(words, self.names))[:, 0]
         self.register_buffer("_words", suppressed, persistent=False)
         width = suppressed.shape[1]
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with building():
             torch.default_generator.manual_seed(seed)
             self.image_adapter, self.text_adapter = Adapter(width), Adapter(width)
         for module in (self.bgs, self.image_adapter, self.text_adapter):
@@ -287,11 +274,21 @@ def _similarities(seen: EncodedRegions, text: Tensor, across: bool) -> tuple[Ten
     return s_ff, s_bf
 
 
-def _synonyms(name: str, synonyms: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    words = synonyms.get(name, synonyms.get(name.replace(" ", ""), ()))
-    if isinstance(words, str):
+def _shared(words: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The background words of all classes, none of which they may be."""
+    words, own = check_words("words", words), {plain(name) for name in names}
+    if same := [word for word in words if plain(word) in own]:
+        raise InputError(f"Background word {same[0]!r} is one of the classes: it would suppress that class.")
+    return words
+
+
+def _synonyms(name: str, synonyms: Mapping[str, Sequence[str]], names: Sequence[str]) -> tuple[str, ...]:
+    """Other words for a class, without those that are classes themselves."""
+    found = next((own for other, own in synonyms.items() if plain(other) == plain(name)), ())
+    if isinstance(found, str):
         raise InputError(f"Expected argument `synonyms` to have a list of words for {name!r}, but got one text.")
-    return tuple(word for word in words if word != name)
+    others = {plain(other) for other in names} - {plain(name)}
+    return tuple(word for word in found if word != name and plain(word) not in others)
 
 
 def _check_weights(**weights: float) -> None:

@@ -50,7 +50,7 @@ def run(
     callback: Callback | None = None,
 ) -> Result:
     """Run the stages of the chain: ``warmup`` → ``cacl`` → ``cams`` → ``irn`` → ``masks`` → ``segment`` →
-    ``predict``, and the ``report``.
+    ``tags`` → ``predict``, and the ``report``.
 
     A finished stage is skipped when nothing that it depends on has changed; a stopped one goes on from its last
     checkpoint. Under ``torchrun``, or where ``torch.distributed`` has a default group, all processes call this and

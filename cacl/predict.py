@@ -166,7 +166,10 @@ def _tagger(run: Path, encoder: ImageTextEncoder | None, machine: Machine) -> Ph
         raise InputError(
             f"{model}: its encoder is an object that was passed in; pass it as `encoder`, or `tags=False` (--no-tags)"
         )
-    used = load_encoder(known.encoder) if encoder is None else encoder
+    try:
+        used = load_encoder(known.encoder) if encoder is None else encoder
+    except (InputError, ImportError, OSError) as error:
+        raise type(error)(f"{error}; `tags=False` (--no-tags) goes without an encoder") from None
     check_encoder(used)
     if isinstance(used, nn.Module):
         used.to(machine.device)

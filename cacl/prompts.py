@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,7 +13,8 @@ from torch import Tensor
 from cacl._support.answers import check_callable, check_text_features
 from cacl._support.checks import check_positive, check_words
 from cacl._support.features import unit
-from cacl._support.names import composed
+from cacl._support.names import plain
+from cacl._support.word_lists import load_words
 from cacl._support.words import read_words
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
@@ -25,6 +24,22 @@ if TYPE_CHECKING:
 DEFAULT_TEMPLATES = ("a photo of {}.", "an image of {}.", "a picture of {}.", "a snapshot of {}.")
 """The paper's four templates; the fifth candidate that it dropped is ``"a clean origami {}."``."""
 
+BACKGROUND_WORDS = (
+    "tree", "river", "sea", "lake", "water", "railway", "railroad", "track", "stone", "rocks",
+)  # fmt: skip
+"""The background words of CLIMS for VOC, the same for all classes."""
+ALIASES = {"person": "player"}
+"""What CLIMS calls classes in texts."""
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "aeroplane": ("airplane", "plane", "jet"), "bicycle": ("bike", "cycle"), "bird": ("songbird", "waterfowl"),
+    "boat": ("ship", "vessel", "yacht"), "bottle": ("flask", "jar"), "bus": ("coach", "minibus"),
+    "car": ("automobile", "vehicle"), "cat": ("kitten", "house cat"), "chair": ("seat", "armchair"),
+    "cow": ("cattle", "bull"), "diningtable": ("dining table", "table"), "dog": ("puppy", "hound"),
+    "horse": ("pony", "racehorse"), "motorbike": ("motorcycle", "scooter"), "person": ("player", "people", "human"),
+    "pottedplant": ("potted plant", "houseplant"), "sheep": ("lamb", "ram"), "sofa": ("couch", "settee"),
+    "train": ("locomotive", "tram"), "tvmonitor": ("television", "computer monitor"),
+}  # fmt: skip
+"""Other words for the classes of VOC; our own list."""
 _ASSETS = Path(__file__).with_name("assets")
 
 
@@ -114,15 +129,15 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
             if not isinstance(name, str) or not name.strip():
                 raise InputTypeError(f"Expected argument `words` to have class names for keys, but got {name!r}.")
         self._words = {name: check_words(f"words[{name!r}]", list_) for name, list_ in words.items()}
-        self._names = {_key(name): name for name in self._words}
+        self._names = {plain(name): name for name in self._words}
         if len(self._names) < len(self._words):
-            twice = next(name for name in self._words if self._names[_key(name)] != name)
-            raise InputError(f"{twice!r} and {self._names[_key(twice)]!r} in `words` are the same class.")
+            twice = next(name for name in self._words if self._names[plain(name)] != name)
+            raise InputError(f"{twice!r} and {self._names[plain(twice)]!r} in `words` are the same class.")
         for name, list_ in self._words.items():
             for word in list_:
-                if _key(word) in self._names:
+                if plain(word) in self._names:
                     raise InputError(
-                        f"Background word {word!r} of class {name!r} is the class {self._names[_key(word)]!r}: "
+                        f"Background word {word!r} of class {name!r} is the class {self._names[plain(word)]!r}: "
                         "it would suppress that class."
                     )
 
@@ -139,12 +154,7 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
     @classmethod
     def from_json(cls, path: str | PathLike[str], n: int | None = None) -> BackgroundSet:
         """Read a JSON object ``{"class": ["word", ...], ...}``, the first ``n`` words a class (all by default)."""
-        try:
-            words = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: expected a JSON object of words a class, but {error}") from None
-        if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
-            raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
+        words = load_words(Path(path))
         if n is not None:
             check_positive("n", n)
             for name, list_ in words.items():
@@ -178,15 +188,15 @@ class BackgroundSet(Mapping[str, tuple[str, ...]]):
                 f"There are no built-in background words for {unknown[0]!r}{more}{hint}{' Or' if hint else ':'} give "
                 "`backgrounds` (in a configuration [backgrounds] file) with words for every class."
             )
-        whole, taken = (cls.coco(7), cls.voc(7)), {_key(name) for name in names}
+        whole, taken = (cls.coco(7), cls.voc(7)), {plain(name) for name in names}
         found = {name: next(known[name] for known in whole if name in known) for name in names}
-        return cls({name: [word for word in words if _key(word) not in taken][:n] for name, words in found.items()})
+        return cls({name: [word for word in words if plain(word) not in taken][:n] for name, words in found.items()})
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
-        if not isinstance(name, str) or _key(name) not in self._names:
+        if not isinstance(name, str) or plain(name) not in self._names:
             hint = did_you_mean(name, self._words) if isinstance(name, str) else ""
             raise KeyError(f"no background words for class {name!r}{hint}")
-        return self._words[self._names[_key(name)]]
+        return self._words[self._names[plain(name)]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._words)
@@ -263,19 +273,6 @@ def words_for(names: Iterable[str], path: Path, n: int | None = None) -> Backgro
         if name not in words:
             raise InputError(f"{path}: no background words for class {name!r}{did_you_mean(name, words)}")
     return words
-
-
-def _key(name: str) -> str:
-    return composed(re.sub(r"[\s_-]+", "", name)).casefold()
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{name!r} stands twice.")
-        result[name] = value
-    return result
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class Tagger(nn.Module):
         check_tensor("features", features, "(B, D)")
         if features.shape[1] != self.weight.shape[1]:
             raise expected("features", f"a tensor (B, {self.weight.shape[1]})", shape(features))
-        return F.linear(unit(features), self.weight, self.bias).sigmoid()
+        return F.linear(unit(features).to(self.weight.dtype), self.weight, self.bias).sigmoid()
 
     @classmethod
     def fit(cls, features: Tensor, labels: Tensor, texts: Tensor, *, strengths: Sequence[float] = STRENGTHS) -> Tagger:
@@ -96,16 +96,22 @@ class Tagger(nn.Module):
         if not strengths or not all(strength > 0 for strength in strengths):
             raise expected("strengths", "at least one number above 0, and no other", str(tuple(strengths)))
         ordered = sorted(strengths, reverse=True)
-        if len(ordered) > 1 and len(features) > 1:
-            losses = torch.zeros(len(ordered), dtype=torch.float64, device="cpu")
-            for fold in range(min(FOLDS, len(features))):
-                left_out = torch.arange(len(features), device="cpu") % FOLDS == fold
-                x, y = features[left_out], labels[left_out]
-                path = _path(features[~left_out], labels[~left_out], texts, ordered)
-                losses += torch.stack([_entropy(x @ w.T + b, y) * len(x) for w, b in path])
-            ordered = ordered[: 1 + int(losses.argmin())]
-        weight, bias = _path(features, labels, texts, ordered)[-1]
-        return cls(weight.float(), bias.float())
+        with torch.inference_mode(False), torch.enable_grad():
+            return cls(*_fitted(features.clone(), labels.clone(), texts.clone(), ordered))
+
+
+def _fitted(features: Tensor, labels: Tensor, texts: Tensor, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float32, at the best of the strengths, which are in falling order."""
+    if len(strengths) > 1 and len(features) > 1:
+        losses = torch.zeros(len(strengths), dtype=torch.float64, device="cpu")
+        for fold in range(min(FOLDS, len(features))):
+            left_out = torch.arange(len(features), device="cpu") % FOLDS == fold
+            x, y = features[left_out], labels[left_out]
+            path = _path(features[~left_out], labels[~left_out], texts, strengths)
+            losses += torch.stack([_entropy(x @ w.T + b, y) * len(x) for w, b in path])
+        strengths = strengths[: 1 + int(losses.argmin())]
+    weight, bias = _path(features, labels, texts, strengths)[-1]
+    return weight.float(), bias.float()
 
 
 def _checked(features: Tensor, labels: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,8 +160,7 @@ def _path(features: Tensor, labels: Tensor, texts: Tensor, strengths: Sequence[f
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        with torch.enable_grad():
-            search.step(objective)  # type: ignore[no-untyped-call]
+        search.step(objective)  # type: ignore[no-untyped-call]
         found.append(((10 * factor * texts + added).detach().clone(), bias.detach().clone()))
     return found
 

@@ -72,7 +72,7 @@ def main() -> None:
     config = Config.load("own", [*(f"{key}={value}" for key, value in settings.items()), *args.set])
     result = pipeline.run(config)
     print(result.summary())
-    print(f"masks of the photos: {result.out / 'predict' / 'train'}")
+    print(f"masks of the photos: {result.out / 'predict'}")
     print(f"a segmenter for others: cacl predict {result.out} MORE_PHOTOS --out MASKS")
 
 

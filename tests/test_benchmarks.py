@@ -185,9 +185,17 @@ def test_chain_goes_through_every_stage(tmp_path: Path) -> None:
     assert stages["cacl"]["hours of a VOC run"] == pytest.approx(hours)
 
 
-def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path, split: str) -> None:
     ceiling = load("ceiling")
-    short = ["scenes.train=6", "scenes.val=3", "scenes.size=48", "cams.scales=[1.0]", "segment.batch_size=2"]
+    short = [
+        "scenes.train=6",
+        "scenes.val=3",
+        "scenes.size=48",
+        "cams.scales=[1.0]",
+        "segment.batch_size=2",
+        f"predict.split={split}",
+    ]
     short += [f"{stage}.epochs={epochs}" for stage, epochs in (("warmup", 1), ("cacl", 0.5), ("segment", 4))]
     config = Config.load("scenes", [f"run.out={tmp_path}", f"data.root={tmp_path / 'data'}", "run.workers=0", *short])
     pipeline.run(config, stages=["warmup", "cacl", "cams", "masks"])

@@ -13,11 +13,12 @@ from test_criterion import BACKGROUNDS, IMAGENET_MEAN, IMAGENET_STD, NAMES
 from test_matching import contrast, cosine, matching
 from torch.nn import functional as F
 
-from cacl import BackgroundSet, CAMNet, pipeline
+from cacl import BackgroundSet, CAMNet, ablate, pipeline
 from cacl.config import Config
 from cacl.datasets import CSVDataset
 from cacl.matching import Adapter
-from cacl.methods import BACKGROUND_WORDS, CLIMSLoss, POLELoss, QACLIMSLoss
+from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
+from cacl.prompts import BACKGROUND_WORDS
 from cacl.runs.session import Session
 from cacl.settings import Machine
 from cacl.stages.contrast import CACL, criterion_of, train_cacl
@@ -285,3 +286,34 @@ def test_words_that_the_encoder_does_not_know_show_before_the_warm_up(tmp_path):
     with pytest.raises(ValueError, match="does not know the word 'zeppelin'"):
         pipeline.run(config, stages=["warmup", "cacl"])
     assert not (tmp_path / "out/warmup/model.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["clims", "qa", "pole"])
+def test_features_of_any_precision(name, dtype, batch):
+    class Other(TinyEncoder):
+        def encode_image(self, images):
+            return super().encode_image(images).to(dtype)
+
+    wanted = make(name, TinyEncoder())(*batch).total
+    loss = make(name, Other())(*batch).total
+    loss.backward()
+    torch.testing.assert_close(loss.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_words_that_are_classes():
+    encoder = TinyEncoder()
+    assert CLIMSLoss(encoder, ["person", "player"]).names == ("person", "player")  # no alias that is a class itself
+    for kind in (CLIMSLoss, POLELoss):
+        with pytest.raises(ValueError, match="Background word 'tree' is one of the classes"):
+            kind(encoder, ["Tree", "boat"])
+    pole = POLELoss(encoder, ["boat", "ship"], synonyms={"boat": ["ship", "barge"]})
+    assert pole.selector.prompt_features.shape[1] == 2
+
+
+def test_tables_of_ca_cl_are_of_no_other_method(tmp_path):
+    config = load(write_csv(tmp_path / "data"), tmp_path / "out", *RUN, "cacl.method=pole")
+    with pytest.raises(
+        ValueError, match=r"\[cacl\] method: expected 'cacl', whose parts the tables vary, but got 'pole'"
+    ):
+        ablate.run(config, tables=["4"], seeds=1, encoder=TinyEncoder(), backbone=TinyBackbone())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +24,10 @@ from cacl.deeplab import DeepLabV2
 from cacl.images import read_image
 from cacl.photos import segment_photos
 from cacl.predict import open_model, predict
+from cacl.runs.evaluation import _words
+from cacl.runs.session import Session
 from cacl.settings import Machine
+from cacl.stages.chain import CHAIN
 from cacl.stages.predict import make_predictions
 from cacl.stages.tags import PhotoTagger, load_tagger, train_tagger
 from cacl.tagger import STRENGTHS, Tagger, weights_of
@@ -297,3 +302,53 @@ def test_an_encoder_of_ones_own_has_to_be_passed_again(tmp_path):
     assert predict(out, photos, tmp_path / "masks", encoder=TinyEncoder(), progress=False).masks
     with pytest.raises(ValueError, match="expected the model of a stage `tags`"):
         load_tagger(out / "segment/model.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_features_of_any_precision(dataset, dtype):
+    class Other(TinyEncoder):
+        def encode_image(self, images):
+            return super().encode_image(images).to(dtype)
+
+    photos = [entry.image for entry in dataset.entries]
+    quiet = Machine(progress=False)
+    wanted, found = (train_tagger(e, dataset, machine=quiet)(photos, machine=quiet) for e in (TinyEncoder(), Other()))
+    np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_it_learns_inside_inference_mode(tagged):
+    wanted = Tagger.fit(*map(torch.from_numpy, tagged))
+    with torch.inference_mode():
+        assert torch.equal(Tagger.fit(*map(torch.from_numpy, tagged)).weight, wanted.weight)
+
+
+def test_what_is_wrong_with_an_encoder_shows_before_the_training(tmp_path):
+    class Wide(TinyEncoder):
+        def encode_image(self, images):
+            return super().encode_image(images)[:, :-1]
+
+    class Terms(NamedTuple):
+        total: torch.Tensor
+
+    def criterion(images, cams, labels):  # needs no encoder
+        return Terms(cams.mean())
+
+    root = write_csv(tmp_path / "data")
+    config = configure(root, tmp_path / "out", "predict.tags=true")
+    with pytest.raises(ValueError, match="features as long as"):
+        pipeline.run(config, encoder=Wide(), backbone=TinyBackbone(), criterion=criterion)
+    assert not (tmp_path / "out/warmup/model.pt").exists()
+    with pytest.raises(ValueError, match=r"\[tags\] strengths"):
+        configure(root, tmp_path / "out", "tags.strengths=[0.0]")
+
+
+def test_where_no_stage_needs_an_encoder_none_is_loaded(tmp_path):
+    """A chain of one's own, whose masks are judged where the run has an encoder anyway."""
+    chain = tuple(replace(stage, uses=()) if stage.name == "cacl" else stage for stage in CHAIN)
+    config = Config.load("scenes", [*SMALL, f"data.root={tmp_path / 'data'}", f"run.out={tmp_path / 'out'}",
+                                    "predict.tags=false", "encoder.name=/nowhere/clip.pt"], chain=chain)  # fmt: skip
+    assert _words(Session(config)) is None
+    tagged = Config.load(
+        "scenes", [*SMALL, f"data.root={tmp_path / 'data'}", f"run.out={tmp_path / 'out'}"], chain=chain
+    )
+    assert _words(Session(tagged)) is not None

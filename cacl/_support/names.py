@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def without_ending(path: Path) -> Path:
 def composed(text: str) -> str:
     """A text in Unicode's form NFC: ``é`` is one character, also where it was written as ``e`` and an accent."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def plain(name: str) -> str:
+    """A class name without regard to case, spaces, hyphens and underscores."""
+    return composed(re.sub(r"[\s_-]+", "", name)).casefold()
 
 
 def existing(path: Path) -> Path:

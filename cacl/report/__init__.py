@@ -15,7 +15,8 @@ from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.figures.style import check_report
-from cacl.methods import BACKGROUND_WORDS, TEMPLATE
+from cacl.methods import TEMPLATE
+from cacl.prompts import BACKGROUND_WORDS
 from cacl.report import sections
 from cacl.report.galleries import cam_gallery, open_ablation, segmentation_gallery, step_gallery
 from cacl.report.gallery import Gallery
@@ -160,7 +161,7 @@ def _facts(session: Session) -> list[tuple[str, str]]:
     if method.method != "cacl":
         templates = len(TEMPLATE)
     return [
-        ("Method", METHODS[method.method] if session.given_criterion is None else "another criterion"),
+        *([("Method", METHODS[method.method])] if method.method != "cacl" else []),
         ("Data", f"{data.format}, {data.root}"),
         ("Classes", f"{len(session.train.classes)}"),
         ("Training", f"{len(session.train)} images of the split {data.train}: labels only, no masks"),

@@ -74,7 +74,7 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     dataset = predicted(session)
     if dataset is None:
         return None
-    folder = prediction_folder(session)
+    folder = _predictions(session)
     chosen = [i for i in _chosen(session, dataset) if (folder / f"{dataset.entries[i].id}.png").is_file()]
     labelled = finished(session, "cacl") and any(dataset.entries[i].labels for i in chosen)
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
@@ -98,7 +98,7 @@ def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
     dataset = predicted(session)
     if dataset is None:
         return None
-    folder = prediction_folder(session)
+    folder = _predictions(session)
     scores: list[tuple[float, int]] = []
     for i, entry in enumerate(dataset.entries):
         path = folder / f"{entry.id}.png"
@@ -218,6 +218,12 @@ def _has(session: Session, stage: str) -> bool:
 def predicted(session: Session) -> Dataset | None:
     """The images that the stage ``predict`` made masks for, if it has."""
     return session.segmented if finished(session, "predict") else None
+
+
+def _predictions(session: Session) -> Path:
+    """The folder of the predicted masks; runs of before had one of this name only."""
+    folder = prediction_folder(session)
+    return folder if folder.is_dir() else folder.with_name("eval")
 
 
 def method(session: Session) -> str:

@@ -102,7 +102,7 @@ def training(session: Session) -> Section:
                 "(ITC), background suppression (BGS), area (REG)."
             )
         section.blocks.append(Block(about, drawn))
-    if any(record.get("stage") == "cacl" for record in records):
+    if table.method == "cacl" and any(record.get("stage") == "cacl" for record in records):
         figure = figures.selection_curves(records, templates=session.table(Prompts).templates)
         about = (
             "Left: cosine of foreground and background with the text of the class (eq. 7), and the threshold θ. "

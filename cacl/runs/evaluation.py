@@ -12,6 +12,7 @@ from cacl.errors import InputError
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.runs.session import Session
 from cacl.settings import Encoder, Prompts
+from cacl.stages.chain import needed
 from cacl.stages.contrast import known_words
 from cacl.stages.quality import Agreements, evaluate_agreement, labelled
 from cacl.stages.score import Score
@@ -59,7 +60,8 @@ def evaluate(session: Session, stage: Stage[Any]) -> None:
 
 def _words(session: Session) -> BackgroundSet | None:
     """The background words to judge masks with; None where there are none, or no encoder that the run has anyway."""
-    used = session.given_criterion is None and any("encoder" in stage.uses for stage in session.chain)
+    stages = needed(session.chain, session.settings)
+    used = session.given_criterion is None and any("encoder" in stage.uses for stage in stages)
     if session.given_encoder is None and not used:
         return None
     try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cacl._support.answers import check_callable, check_terms
 from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved, evaluating, put_back
+from cacl._support.word_lists import load_words
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
 from cacl.datasets import FORMATS, Dataset
@@ -20,8 +21,8 @@ from cacl.errors import InputError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
-from cacl.methods import BACKGROUND_WORDS, SYNONYMS, CLIMSLoss, POLELoss, QACLIMSLoss
-from cacl.prompts import BackgroundSet, PromptSet, words_for
+from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
+from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet, words_for
 from cacl.settings import (
     Backgrounds,
     Cosine,
@@ -200,8 +201,7 @@ def criterion_of(run: Context, settings: CACL) -> Criterion:
             check_callable("criterion", given)
             return run.given_criterion
         if settings.method != "cacl":
-            with building():
-                return _rival(run, settings)
+            return _rival(run, settings)
         with building():
             suppression = BGSuppressionLoss(
                 settings.threshold,
@@ -242,7 +242,7 @@ def _rival(run: Context, settings: CACL) -> nn.Module:
         )  # fmt: skip
     synonyms = {"voc": SYNONYMS, "": {}}.get(settings.synonyms)
     return POLELoss(
-        encoder, names, synonyms=BackgroundSet.from_json(settings.synonyms) if synonyms is None else synonyms,
+        encoder, names, synonyms=load_words(Path(settings.synonyms)) if synonyms is None else synonyms,
         words=words, weights=weights, beta=settings.beta, threshold=settings.threshold, seed=run.seed,
     )  # fmt: skip
 

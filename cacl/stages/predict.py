@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -69,15 +70,10 @@ def make_predictions(
     """
     wanted = to_make(dataset, out, ".png", keep=keep)
     entries = [dataset.entries[i] for i in wanted]
-    photos, tags = [entry.image for entry in entries], None
-    if labelled:
-        tags = np.zeros((len(entries), len(dataset.classes)), dtype=np.float32)
-        for row, entry in zip(tags, entries, strict=True):
-            row[list(entry.labels)] = 1
+    photos = [entry.image for entry in entries]
     saving = _Saving([out / f"{entry.id}.png" for entry in entries])
     with barrier(), naming_dead_loaders():
-        if tagger is not None and not labelled:
-            tags = tagger(photos, range=dataset.range, machine=machine)
+        tags = _tags(dataset, wanted, labelled, tagger, machine)
         results = segment_photos(net, photos, saving, settings, tags=tags, range=dataset.range, machine=machine)
         for _, result in results:
             if isinstance(result, InputError):
@@ -91,6 +87,7 @@ def evaluate_segmenter(
     *,
     machine: Machine = Machine(),
     crf: bool = True,
+    labelled: bool = False,
     tagger: PhotoTagger | None = None,
 ) -> tuple[ConfusionMatrix, int]:
     """The segmenter against the masks, ``crf`` or not; also the number of images.
@@ -103,7 +100,7 @@ def evaluate_segmenter(
     matrix = ConfusionMatrix(len(dataset.classes))
     photos, counting = [dataset.entries[i].image for i in mine], _Counting(dataset, mine)
     with barrier(), naming_dead_loaders():
-        tags = None if tagger is None else tagger(photos, range=dataset.range, machine=machine)
+        tags = _tags(dataset, mine, labelled, tagger, machine)
         found = segment_photos(
             net, photos, counting, settings, crf=crf, tags=tags, range=dataset.range, machine=machine, desc="evaluate"
         )
@@ -126,6 +123,19 @@ def trained_tagger(run: Context) -> PhotoTagger | None:
     if not run.table(Predict).tags:
         return None
     return PhotoTagger(load_tagger(run.folder("tags") / "model.pt").tagger, run.encoder)
+
+
+def _tags(
+    dataset: Dataset, indices: Sequence[int], labelled: bool, tagger: PhotoTagger | None, machine: Machine
+) -> NDArray[np.float32] | None:
+    """How probable each class is in some images, ``(N, K)``: by their labels, by what the tagger sees, or unknown."""
+    entries = [dataset.entries[i] for i in indices]
+    if labelled:
+        known = np.zeros((len(entries), len(dataset.classes)), dtype=np.float32)
+        for row, entry in zip(known, entries, strict=True):
+            row[list(entry.labels)] = 1
+        return known
+    return tagger and tagger([entry.image for entry in entries], range=dataset.range, machine=machine)
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,6 @@ STAGE = Stage(
     title="prediction",
     needs=("segment",),
     also_needs=lambda settings: ("tags",) if settings.tags else (),
-    uses=("encoder",),
     files=("eval", "train"),
     depends=_depends,
     check=lambda run, settings: check_backend(run.machine.crf),

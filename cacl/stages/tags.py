@@ -25,7 +25,7 @@ from cacl.errors import InputError
 from cacl.images import Range, read_image
 from cacl.log import Journal
 from cacl.prompts import PromptSet
-from cacl.settings import Encoder, Machine, Prompts, Table, Weight
+from cacl.settings import Encoder, Machine, Prompts, Sigma, Table
 from cacl.stages.stage import Context, Stage
 from cacl.tagger import STRENGTHS, Tagger
 
@@ -33,7 +33,7 @@ from cacl.tagger import STRENGTHS, Tagger
 class Tags(Table):
     """``[tags]``: the classifier of whole images."""
 
-    strengths: Annotated[tuple[Weight, ...], Field(min_length=1)] = STRENGTHS
+    strengths: Annotated[tuple[Sigma, ...], Field(min_length=1)] = STRENGTHS
     """The penalties that cross-validation on the tags chooses among."""
 
 
@@ -79,16 +79,21 @@ def encode_photos(
         range: what the values of deep photos span; by their type if None.
         machine: where it is computed.
     """
-    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in statistics_of(encoder))
     squares = load(_Squares(photos, side_of(encoder), range), workers=machine.workers, pinned=machine.on_gpu)
     for index, square in watched(squares, total=len(photos), desc="tags", progress=machine.progress):
         if isinstance(square, InputError):
             yield index, square
             continue
-        images = ((square / 255 - mean) / std)[None].to(machine.device, non_blocking=True)
-        with torch.no_grad(), evaluating(encoder) if isinstance(encoder, nn.Module) else nullcontext():
-            answer: object = encoder.encode_image(images)
-        yield index, check_image_features(answer, images, width)[0]
+        yield index, _encode(encoder, square, width, machine)
+
+
+def _encode(encoder: ImageTextEncoder, square: Tensor, width: int, machine: Machine) -> Tensor:
+    """``(3, side, side)`` uint8 on the CPU -> ``(D,)``."""
+    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in statistics_of(encoder))
+    images = ((square / 255 - mean) / std)[None].to(machine.device, non_blocking=True)
+    with torch.no_grad(), evaluating(encoder) if isinstance(encoder, nn.Module) else nullcontext():
+        answer: object = encoder.encode_image(images)
+    return check_image_features(answer, images, width)[0]
 
 
 class _Squares(torch.utils.data.Dataset[Any]):
@@ -187,6 +192,14 @@ def _run(run: Context, settings: Tags, folder: Path, journal: Journal) -> None:
         save_tagger(folder / "model.pt", found.tagger, run.train.classes, name)
 
 
+def _check(run: Context, settings: Tags) -> None:
+    """An encoder's first answer comes here, not after all the training."""
+    check_encoder(run.encoder)
+    texts = PromptSet(run.table(Prompts).templates).encode(run.encoder, run.train.classes)
+    side = side_of(run.encoder)
+    _encode(run.encoder, torch.zeros(3, side, side, dtype=torch.uint8, device="cpu"), texts.shape[2], run.machine)
+
+
 STAGE = Stage(
     "tags",
     Tags,
@@ -195,4 +208,5 @@ STAGE = Stage(
     on_demand=True,
     uses=("encoder",),
     depends=lambda run, settings: (run.table(Encoder), run.identity("encoder"), run.table(Prompts)),
+    check=_check,
 )
