@@ -54,8 +54,7 @@ class RegionEncoder(nn.Module):
 
     Args:
         encoder: the image-text encoder.
-        width: D, the length of its texts.
-        num_classes: K.
+        texts: its features of the K classes, ``(K, D)`` or ``(K, m, D)``; they say where it is.
         normalization: ``"encoder"`` re-normalises the images to the encoder's statistics, ``"imagenet"`` leaves them.
 
     Raises:
@@ -69,11 +68,9 @@ class RegionEncoder(nn.Module):
     def __init__(
         self,
         encoder: ImageTextEncoder,
-        width: int,
-        num_classes: int,
+        texts: Tensor,
         *,
         normalization: Literal["encoder", "imagenet"] = "encoder",
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         check_encoder(encoder)
@@ -81,11 +78,9 @@ class RegionEncoder(nn.Module):
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False).eval()
         self._encoder = (encoder,)  # in a tuple, so that it is no submodule
-        self.width, self.num_classes = width, num_classes
+        self.num_classes, self.width = len(texts), texts.shape[-1]
         mean, std = statistics_of(encoder) if normalization == "encoder" else (IMAGENET_MEAN, IMAGENET_STD)
-        for name, buffer in zip(
-            ("_scale", "_shift"), renormalisation(mean, std, device or torch.device("cpu")), strict=True
-        ):
+        for name, buffer in zip(("_scale", "_shift"), renormalisation(mean, std, texts.device), strict=True):
             self.register_buffer(name, buffer, persistent=False)
 
     @property
@@ -191,10 +186,7 @@ class CACLLoss(nn.Module):
             background_text = self.selector.prompt_features[:, :0]
         self.register_buffer("_background_text", background_text, persistent=False)
         self.bgs.to(background_text.device)
-        self.regions = RegionEncoder(
-            encoder, background_text.shape[2], len(self.names), normalization=normalization,
-            device=background_text.device,
-        )  # fmt: skip
+        self.regions = RegionEncoder(encoder, self.selector.prompt_features, normalization=normalization)
 
     @property
     def encoder(self) -> ImageTextEncoder:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.checks import check_choice, check_range, check_same_shape, check_tensor, shape
-from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import cosine, reduced
 from cacl.constants import REDUCTIONS, Reduction
 from cacl.errors import expected
@@ -141,15 +140,7 @@ def contrast_loss(
     else:
         second = s_bf * 0
     loss = (weights[0] * first + weights[1] * second) * own
-    if reduction == "none":
-        return loss
-    processes = world_size() if across else 1
-    if reduction == "sum":
-        return loss.sum() * processes
-    count = own.sum().to(loss.dtype)
-    if processes > 1:
-        count = all_reduce_sum(count) / processes
-    return loss.sum() / count.clamp(min=1 / processes)
+    return reduced(loss, reduction, across, count=own.sum())
 
 
 class ContrastLoss(nn.Module):

@@ -102,15 +102,14 @@ class CLIMSLoss(nn.Module):
         self.names = check_words("names", names)
         self.beta, self.gamma = beta, gamma
         self.matching, self.bgs, self.region = MatchingLoss(weights), BGSuppressionLoss(threshold), RegionLoss()
-        called = [alias if (alias := aliases.get(name, name)) not in self.names else name for name in self.names]
+        others = {name: alias for name, alias in aliases.items() if alias not in self.names}
+        called = [others.get(name, name) for name in self.names]
         text = TEMPLATE.encode(encoder, called)[:, 0]
         suppressed = TEMPLATE.encode(encoder, _shared(words, self.names))[:, 0]
         self.register_buffer("_text", text, persistent=False)
         self.register_buffer("_words", suppressed, persistent=False)
         self.bgs.to(text.device)
-        self.regions = RegionEncoder(
-            encoder, text.shape[1], len(self.names), normalization=normalization, device=text.device
-        )  # fmt: skip
+        self.regions = RegionEncoder(encoder, text, normalization=normalization)
 
     def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CLIMSTerms:
         """The loss of a batch; arguments and errors as for :meth:`cacl.CACLLoss.forward`."""
@@ -172,9 +171,7 @@ class QACLIMSLoss(nn.Module):
         text = TEMPLATE.encode(encoder, self.names)[:, 0]
         self.register_buffer("_text", text, persistent=False)
         self.register_buffer("_words", backgrounds.encode(encoder, self.names, TEMPLATE), persistent=False)
-        self.regions = RegionEncoder(
-            encoder, text.shape[1], len(self.names), normalization=normalization, device=text.device
-        )  # fmt: skip
+        self.regions = RegionEncoder(encoder, text, normalization=normalization)
 
     def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> QACLIMSTerms:
         """The loss of a batch; arguments and errors as for :meth:`cacl.CACLLoss.forward`."""
@@ -235,12 +232,13 @@ class POLELoss(nn.Module):
         texts: dict[str, str] = {}
         for word in (word for own in known for word in own):
             texts.setdefault(word.lower(), word)
-        places = {word: i for i, word in enumerate(texts)}
+        encoded = dict(zip(texts, TEMPLATE.encode(encoder, list(texts.values()))[:, 0], strict=True))
         most = max(map(len, known))
         # A class with fewer words has its first one again: a maximum does not mind.
-        index = [[places[word.lower()] for word in (*own, *own[:1] * (most - len(own)))] for own in known]
-        encoded = TEMPLATE.encode(encoder, list(texts.values()))[:, 0]
-        self.selector = ContextSelector(encoded[torch.tensor(index, device="cpu")])
+        padded = [[*own, *own[:1] * (most - len(own))] for own in known]
+        self.selector = ContextSelector(
+            torch.stack([torch.stack([encoded[word.lower()] for word in own]) for own in padded])
+        )
         suppressed = TEMPLATE.encode(encoder, _shared(words, self.names))[:, 0]
         self.register_buffer("_words", suppressed, persistent=False)
         width = suppressed.shape[1]
@@ -249,9 +247,7 @@ class POLELoss(nn.Module):
             self.image_adapter, self.text_adapter = Adapter(width), Adapter(width)
         for module in (self.bgs, self.image_adapter, self.text_adapter):
             module.to(suppressed.device)
-        self.regions = RegionEncoder(
-            encoder, width, len(self.names), normalization=normalization, device=suppressed.device
-        )  # fmt: skip
+        self.regions = RegionEncoder(encoder, self.selector.prompt_features, normalization=normalization)
 
     def forward(self, images: Tensor, cams: Tensor, labels: Tensor) -> CLIMSTerms:
         """The loss of a batch; arguments and errors as for :meth:`cacl.CACLLoss.forward`."""

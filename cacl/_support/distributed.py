@@ -159,6 +159,12 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def unshard(own: Sequence[T]) -> list[T]:
+    """What came of each process's :func:`shard` -> what came of all items, in their order."""
+    parts = gather(list(own))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def rank_zero(function: Callable[[], T]) -> T:
     """What ``function`` gives on rank 0, or what it raises there as in :func:`barrier`, on every process.
 

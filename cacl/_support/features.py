@@ -37,15 +37,19 @@ def renormalisation(mean: Sequence[float], std: Sequence[float], device: torch.d
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
 
 
-def reduced(loss: Tensor, reduction: Reduction, across: bool = False) -> Tensor:
-    """Mean or sum of a loss's parts, 0 with a graph where there are none; ``across`` as for :func:`cacl.itc_loss`."""
+def reduced(loss: Tensor, reduction: Reduction, across: bool = False, count: Tensor | None = None) -> Tensor:
+    """Mean or sum of a loss's parts, 0 with a graph where there are none; ``across`` as for :func:`cacl.itc_loss`.
+
+    ``count`` is how many parts a mean is over, where it is not over all of them.
+    """
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return loss
     processes = world_size() if across else 1
-    if processes == 1:
-        return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
     if reduction == "sum":
-        return loss.sum() * processes
-    everywhere = all_reduce_sum(torch.full((), float(loss.numel()), device=loss.device))
+        return loss.sum() * processes if processes > 1 else loss.sum()
+    if processes == 1:
+        return loss.sum() / (max(loss.numel(), 1) if count is None else count.clamp(min=1))
+    own = torch.full((), float(loss.numel()), device=loss.device) if count is None else count.float()
+    everywhere = all_reduce_sum(own)
     return loss.sum() * (processes / everywhere.clamp(min=1)).to(loss.dtype)

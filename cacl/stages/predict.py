@@ -129,13 +129,11 @@ def _tags(
     dataset: Dataset, indices: Sequence[int], labelled: bool, tagger: PhotoTagger | None, machine: Machine
 ) -> NDArray[np.float32] | None:
     """How probable each class is in some images, ``(N, K)``: by their labels, by what the tagger sees, or unknown."""
-    entries = [dataset.entries[i] for i in indices]
     if labelled:
-        known = np.zeros((len(entries), len(dataset.classes)), dtype=np.float32)
-        for row, entry in zip(known, entries, strict=True):
-            row[list(entry.labels)] = 1
-        return known
-    return tagger and tagger([entry.image for entry in entries], range=dataset.range, machine=machine)
+        known = np.array([dataset.labels(i).numpy() for i in indices], dtype=np.float32)
+        return known.reshape(len(indices), len(dataset.classes))
+    photos = [dataset.entries[i].image for i in indices]
+    return tagger and tagger(photos, range=dataset.range, machine=machine)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from cacl._support.distributed import barrier, gather, shard, world_size
+from cacl._support.distributed import barrier, shard, unshard
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl.agreement import Agreement, MaskJudge
@@ -67,10 +67,7 @@ def evaluate_agreement(
             # One by one: what is found of an image does not depend on the others, nor on the number of processes.
             photo = image[None].to(machine.device, non_blocking=True)
             own.append(judge(photo, mask[None], dataset.labels(index)[None])[0].double().cpu())
-    rows = torch.zeros(len(wanted), 5, dtype=torch.float64, device="cpu")
-    for number, part in enumerate(gather(own)):
-        if part:
-            rows[number :: world_size()] = torch.stack(part)
+    rows = torch.stack(unshard(own))
     return Agreements(Agreement.of(rows), {i: Agreement.of(row) for i, row in zip(wanted, rows, strict=True)})
 
 

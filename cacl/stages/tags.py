@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as views
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
-from cacl._support.distributed import barrier, gather, rank, rank_zero, shard, world_size
+from cacl._support.distributed import barrier, rank, rank_zero, shard, unshard
 from cacl._support.loaders import load, naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.weights import evaluating, load_state, save_state
@@ -144,10 +144,7 @@ def train_tagger(
             if isinstance(found, InputError):
                 raise found
             own.append(found.float().cpu())
-    features = torch.zeros(len(dataset), texts.shape[2], device="cpu")
-    for number, part in enumerate(gather(own)):
-        if part:
-            features[number :: world_size()] = torch.stack(part)
+    features = torch.stack(unshard(own))
     labels = torch.stack([dataset.labels(index) for index, _ in enumerate(dataset.entries)])
     tagger = rank_zero(lambda: Tagger.fit(features, labels, texts, strengths=settings.strengths))
     return PhotoTagger(tagger, encoder)
