@@ -22,9 +22,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from cacl import pipeline
+from cacl._support.clip_library import import_clip
 from cacl.config import Config
 from cacl.datasets.listing import VOC_CLASSES
-from cacl.encoders import CLIPEncoder, _import_clip
+from cacl.encoders import CLIPEncoder
 
 TRAINED = ("warmup", "cacl", "irn", "segment")
 IMAGES = {"train": 10582, "val": 1449}  # of VOC 2012 with the augmented masks
@@ -32,7 +33,7 @@ CLIP = {"ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12), "tiny": (32,
 
 
 def encoder(name: str) -> CLIPEncoder:
-    _import_clip()
+    import_clip()
     from clip.model import CLIP as Model
 
     return CLIPEncoder(Model(*CLIP[name]))

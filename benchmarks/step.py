@@ -38,8 +38,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacl import DEFAULT_TEMPLATES, BackgroundSet, BGSuppressionLoss, CACLLoss, PromptSet, split_regions
+from cacl._support.clip_library import import_clip
 from cacl.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from cacl.encoders import CLIPEncoder, _import_clip
+from cacl.encoders import CLIPEncoder
 
 NAMES = tuple(BackgroundSet.voc())
 TEMPLATES = (*DEFAULT_TEMPLATES, "a clean origami {}.", "a drawing of {}.", "a painting of {}.", "a close-up of {}.")
@@ -78,7 +79,7 @@ def naive(
 
     # The m prompts and the m·n background prompts of every present class (eq. 3, 8)
     texts = {k: prompts.texts(NAMES[k]) + backgrounds.texts(NAMES[k], prompts) for k in sorted(set(classes))}
-    tokens = _import_clip().tokenize([text for list_ in texts.values() for text in list_]).to(images.device)
+    tokens = import_clip().tokenize([text for list_ in texts.values() for text in list_]).to(images.device)
     features = F.normalize(model.encode_text(tokens), dim=-1).split([len(list_) for list_ in texts.values()])
     features = dict(zip(texts, features, strict=True))
 
@@ -103,7 +104,7 @@ def naive(
 
 
 def build_encoder(model: str) -> CLIPEncoder:
-    _import_clip()
+    import_clip()
     from clip.model import CLIP
 
     return CLIPEncoder(CLIP(*MODELS[model]))

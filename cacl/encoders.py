@@ -1,18 +1,13 @@
-"""Image-text encoders behind one protocol: CLIP, OpenCLIP, or the user's own. The only module that imports clip."""
+"""Image-text encoders behind one protocol: CLIP, OpenCLIP, or the user's own."""
 
 from __future__ import annotations
 
-import http.client
-import importlib
 import os
 import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,10 +15,12 @@ from torch import Tensor, nn
 
 from cacl._support.checks import kind_of
 from cacl._support.clip_checkpoint import read_clip
+from cacl._support.clip_library import build_clip, clip_hashes, download_clip, import_clip
 from cacl._support.distributed import find_device
 from cacl._support.files import home
 from cacl._support.surroundings import building
 from cacl.constants import CLIP_MEAN, CLIP_STD
+from cacl.dense import DenseFeatures, dense_features
 from cacl.embedded import TwoTowers, load_towers
 from cacl.errors import InputError, InputTypeError, did_you_mean, first_line
 
@@ -44,6 +41,14 @@ class ImageTextEncoder(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """T texts -> ``(T, D)``, no gradient."""
+
+
+@runtime_checkable
+class DenseEncoder(ImageTextEncoder, Protocol):
+    """An image-text model that also tells what it sees where (see :class:`cacl.clip_es.CLIPES`)."""
+
+    def encode_dense(self, images: Tensor) -> DenseFeatures:
+        """``(N, 3, H, W)`` normalised images of any size -> features, activations and attention of h · w places."""
 
 
 def load_encoder(
@@ -75,9 +80,9 @@ def load_encoder(
         with building():
             encoder = ScenesEncoder(load_towers())
     elif Path(name).is_file():
-        encoder = CLIPEncoder(_build_clip(read_clip(Path(name), _clip_hashes), name))
+        encoder = CLIPEncoder(build_clip(read_clip(Path(name), clip_hashes), name))
     else:
-        encoder = CLIPEncoder(_build_clip(_download_clip(name, root), name))
+        encoder = CLIPEncoder(build_clip(download_clip(name, root), name))
     return encoder if device is None else encoder.to(find_device(str(device), "device"))
 
 
@@ -99,6 +104,10 @@ class _Frozen(nn.Module, ABC):
     def encode_image(self, images: Tensor) -> Tensor:
         features: Tensor = self.model.encode_image(images)
         return features
+
+    def encode_dense(self, images: Tensor) -> DenseFeatures:
+        """See :func:`cacl.dense.dense_features`; of vision transformers only."""
+        return dense_features(self.model.visual, images)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -125,7 +134,7 @@ class CLIPEncoder(_Frozen):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         try:
-            tokens: Tensor = _import_clip().tokenize(texts, context_length=self.context_length)
+            tokens: Tensor = import_clip().tokenize(texts, context_length=self.context_length)
         except RuntimeError as error:  # the text is too long; the message names it
             raise InputError(str(error)) from None
         return tokens
@@ -198,98 +207,16 @@ class ScenesEncoder(_Frozen):
     def __init__(self, model: TwoTowers) -> None:
         super().__init__(model)
 
+    def encode_dense(self, images: Tensor) -> DenseFeatures:
+        """Features of stride 8, made of the trunk's; it has no attention."""
+        trunk, *rest = self.model.image
+        activations = trunk(images).detach().requires_grad_()
+        with torch.enable_grad():
+            features = activations
+            for layer in rest:
+                features = layer(features)
+        return DenseFeatures(features, activations)
+
     def tokenize(self, texts: list[str]) -> Tensor:
         tokens: Tensor = self.model.tokenize(texts)
         return tokens
-
-
-def _import_clip() -> ModuleType:
-    """Import clip; clip-anytorch 2.6.0 asks for ``pkg_resources``, which current setuptools no longer has."""
-    try:
-        with _pkg_resources():
-            return importlib.import_module("clip")
-    except ImportError as error:
-        also = f" {error.name}" if error.name and not error.name.startswith("clip") else ""  # which clip itself imports
-        raise ImportError(
-            f"CLIP models need the package clip-anytorch: pip install clip-anytorch{also} ({error})"
-        ) from None
-
-
-@contextmanager
-def _pkg_resources() -> Iterator[None]:
-    """Let ``from pkg_resources import packaging`` work while it is needed, without importing setuptools."""
-    before = sys.modules.get("pkg_resources")
-    if "clip" in sys.modules or getattr(before, "packaging", None):
-        yield
-        return
-    import packaging.version
-
-    stand_in = ModuleType("pkg_resources")
-    stand_in.packaging = packaging  # type: ignore[attr-defined]
-    sys.modules["pkg_resources"] = stand_in
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules["pkg_resources"]
-        else:
-            sys.modules["pkg_resources"] = before
-
-
-def _download_clip(name: str, root: str | PathLike[str] | None) -> Mapping[str, Tensor]:
-    clip = _import_clip()
-    models: dict[str, str] = clip.clip._MODELS
-    if name not in models:
-        raise InputError(
-            f"Expected an encoder name (one of {', '.join(models)}, or open_clip:MODEL/PRETRAINED) or the path of a "
-            f"checkpoint, but got {name!r}{did_you_mean(name, models)}"
-        )
-    folder = Path(root) if root is not None else home(f"CLIP {name}") / ".cache" / "clip"
-    try:
-        return read_clip(Path(clip.clip._download(models[name], str(folder))), _clip_hashes)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise InputError(
-            f"CLIP {name} is not in {folder} and could not be downloaded ({error}); "
-            "give the path of its checkpoint instead."
-        ) from None
-
-
-def _clip_hashes() -> set[str]:
-    """SHA-256 of the files that the library clip downloads, which stand in their addresses."""
-    models: dict[str, str] = _import_clip().clip._MODELS
-    return {url.split("/")[-2] for url in models.values()}
-
-
-def _build_clip(state: Mapping[str, Tensor], name: str) -> nn.Module:
-    clip = _import_clip()
-    text_tower = ("positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight")
-    needed = (*text_tower, "visual.conv1.weight")  # which either kind of image tower has
-    missing = [key for key in needed if key not in state]
-    # Of the loss that CLIP was trained with: they encode nothing, and one may be missing, the other too many.
-    state = {
-        "logit_scale": torch.zeros((), device="cpu"),
-        **{name: value for name, value in state.items() if name != "logit_bias"},
-    }
-    if missing:
-        raise InputError(f"{name}: expected the state dict of a CLIP model, but it has no {missing[0]!r}.")
-    if rounded := [key for key in needed if not state[key].is_floating_point()]:  # as quantisation leaves them
-        came = state[rounded[0]].dtype
-        raise InputError(f"{name}: {rounded[0]!r}: expected weights of a floating point type, but got {came}.")
-    context, vocabulary = (
-        next(iter(state[key].shape), 0) for key in ("positional_embedding", "token_embedding.weight")
-    )
-    if vocabulary < (tokens := 49408):
-        raise InputError(f"{name}: CLIP's tokenizer has {tokens} tokens, but the checkpoint knows {vocabulary}.")
-    if context > (longest := 4096):
-        raise InputError(f"{name}: expected texts of at most {longest} tokens, but the checkpoint is for {context}.")
-    try:
-        with torch.device("meta"):  # takes no memory, whatever sizes the parameters ask for
-            clip.model.build_model({key: value.to("meta") for key, value in state.items()})
-        with building():
-            network: nn.Module = clip.model.build_model(dict(state))
-    except InputError:
-        raise
-    except Exception as error:  # whatever a state dict of other sizes makes it raise
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name}: its parameters do not make a CLIP model: {reason}") from None
-    return network

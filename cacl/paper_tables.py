@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cacl.config import Config
-from cacl.prompts import DEFAULT_TEMPLATES
+from cacl.prompts import DEFAULT_TEMPLATES, ORIGAMI
 
 TABLES = ("4", "5", "6", "7", "8", "theta")
 """The paper's tables 4 to 8, and the three modes of the threshold of eq. 10-11."""
@@ -57,10 +57,6 @@ def variants(config: Config, table: str) -> list[Variant]:
         counts = sorted({*range(3, 8), *([words] if words else [])})
         return [variant(f"n = {n}", _PAPER_N.get(n), backgrounds={"n": n}) for n in counts]
     return [variant(mode, None, cacl={"threshold_mode": mode}) for mode in ("fixed", "soft", "quantile")]
-
-
-ORIGAMI = "a clean origami {}."
-"""The fifth candidate of the paper, which it dropped."""
 
 
 _PAPER_SINGLE = dict(zip((*DEFAULT_TEMPLATES, ORIGAMI), (62.8, 62.7, 61.9, 60.3, 59.8), strict=True))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_TEMPLATES = ("a photo of {}.", "an image of {}.", "a picture of {}.", "a snapshot of {}.")
 """The paper's four templates; the fifth candidate that it dropped is ``"a clean origami {}."``."""
 
+ORIGAMI = "a clean origami {}."
+"""The template of CLIP-ES; the fifth candidate of CA-CL, which it dropped."""
 BACKGROUND_WORDS = (
     "tree", "river", "sea", "lake", "water", "railway", "railroad", "track", "stone", "rocks",
 )  # fmt: skip

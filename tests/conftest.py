@@ -81,9 +81,9 @@ def randn():
 @pytest.fixture(scope="session")
 def clip_state() -> dict[str, Tensor]:
     """The state dict of a tiny random CLIP: 32 px, 64 features."""
-    from cacl.encoders import _import_clip
+    from cacl._support.clip_library import import_clip
 
-    _import_clip()
+    import_clip()
     from clip.model import CLIP
 
     with torch.random.fork_rng():

@@ -349,10 +349,10 @@ def mistakes(place: Path):
             CAMNet(2)
 
     def clip_without_network():
-        from cacl.encoders import _import_clip
+        from cacl._support.clip_library import import_clip
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_import_clip().clip, "_download", no_network)
+            patch.setattr(import_clip().clip, "_download", no_network)
             patch.chdir(place / "photos")
             load_encoder("ViT-B/32")
 

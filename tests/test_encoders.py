@@ -521,8 +521,8 @@ def test_an_open_clip_model_that_sees_no_squares(open_clip):
 )
 def test_clip_is_imported_without_a_trace(before):
     code = f"import sys, types; {before}; left = sys.modules.get('pkg_resources')\n"
-    code += "from cacl.encoders import _import_clip\n"
-    code += "print(_import_clip().tokenize('cat').shape[1], sys.modules.get('pkg_resources') is left)"
+    code += "from cacl._support.clip_library import import_clip\n"
+    code += "print(import_clip().tokenize('cat').shape[1], sys.modules.get('pkg_resources') is left)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["77", "True"], result.stderr
 

@@ -22,8 +22,8 @@ PACKAGE = Path(cacl.__file__).parent
 # Each floor may import from itself and from those before it; what stands in no floor fails.
 FLOORS = [
     "constants errors _support",
-    "thresholds prompts selector regions losses matching criterion agreement camnet encoders backbones embedded crf "
-    "random_walk irn mining deeplab metrics tagger methods",
+    "thresholds dense prompts selector regions losses matching criterion agreement camnet encoders backbones embedded "
+    "crf random_walk irn mining deeplab metrics tagger methods clip_es",
     "images folders transforms pictures datasets scenes",
     "settings log training loading artifacts photos",
     "stages",

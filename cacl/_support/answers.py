@@ -86,17 +86,38 @@ def check_image_features(answer: object, images: Tensor, width: int) -> Tensor:
     return features
 
 
-def check_encoder(encoder: object) -> None:
-    """Require the five members of an encoder, of their types."""
+def check_dense_features(answer: Any, images: Tensor, width: int) -> Any:
+    """Require what ``encode_dense`` gives for images to be features, activations and attention that go together."""
+    expecting = "Expected argument `encoder.encode_dense` to be returning"
+    if not all(hasattr(answer, member) for member in ("features", "activations", "attention")):
+        raise InputTypeError(f"{expecting} cacl.dense.DenseFeatures, but got {described(answer)}.")
+    count = len(images)
+    features = check_answer(
+        expecting, answer.features, (count, width, None, None), f"features ({count}, {width}, h, w)"
+    )
+    height, width = features.shape[2:]
+    wanted = f"activations ({count}, C, {height}, {width})"
+    activations = check_answer(expecting, answer.activations, (count, None, height, width), wanted)
+    if answer.attention is not None:
+        places = height * width
+        check_answer(expecting, answer.attention, (count, places, places), f"attention ({count}, {places}, {places})")
+    if not activations.requires_grad or not features.requires_grad:
+        raise InputError(f"{expecting} features that are differentiable with respect to its activations.")
+    return answer
+
+
+def check_encoder(encoder: object, *, dense: bool = False) -> None:
+    """Require the five members of an encoder, of their types, and what tells what it sees where if that is needed."""
     if isinstance(encoder, type):
         raise InputTypeError(f"Expected argument `encoder` to be an object, but got {described(encoder)}.")
-    for member in ("image_size", "mean", "std", "encode_image", "encode_text"):
+    dense_members = ("encode_dense",) if dense else ()
+    for member in ("image_size", "mean", "std", "encode_image", "encode_text", *dense_members):
         if not hasattr(encoder, member):
             hint = f"; load_encoder({encoder!r}) makes one" if isinstance(encoder, str) else ""
             raise InputTypeError(
                 f"Expected argument `encoder` to have `{member}`, but {type(encoder).__name__} lacks it{hint}."
             )
-    for member in ("encode_image", "encode_text"):
+    for member in ("encode_image", "encode_text", *dense_members):
         check_callable(f"encoder.{member}", getattr(encoder, member))
     side_of(encoder)
     statistics_of(encoder)
