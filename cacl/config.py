@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
@@ -139,9 +139,9 @@ class Config(Table):
         """
         lines = []
         tables = self.model_dump(mode="json")
-        for table, key in _paths(type(self)):
+        for table, key, names in _paths(type(self)):
             path = tables[table][key]
-            if folder is not None and path and Path(path).is_relative_to(folder):
+            if folder is not None and path and path not in names and Path(path).is_relative_to(folder):
                 tables[table][key] = Path(path).relative_to(folder).as_posix()
         for name, table in tables.items():
             chosen = getattr(self, name).chosen
@@ -193,8 +193,14 @@ def _columns(kind: type[Config]) -> Iterator[tuple[str, str, Any]]:
                 yield name, key, setting
 
 
-def _paths(kind: type[Config]) -> list[tuple[str, str]]:
-    return [(table, key) for table, key, setting in _columns(kind) if setting.annotation in (Path, Path | None)]
+def _paths(kind: type[Config]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(table, key, what else than a path it may be) of the settings that are paths."""
+    found = []
+    for table, key, setting in _columns(kind):
+        parts = get_args(setting.annotation) or (setting.annotation,)
+        if Path in parts:
+            found.append((table, key, tuple(name for part in parts for name in get_args(part))))
+    return found
 
 
 def _preset(name: str, kind: type[Config]) -> dict[str, Any]:
@@ -250,12 +256,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(tables: dict[str, Any], folder: Path, kind: type[Config]) -> dict[str, Any]:
     """Relative paths -> absolute ones."""
-    paths = _paths(kind)
+    paths = {(table, key): names for table, key, names in _paths(kind)}
     for table, key, setting in _columns(kind):
         values = tables.get(table)
         if not isinstance(values, dict) or not isinstance(values.get(key), str):
             continue
         path = folder / os.path.expanduser(values[key])
+        if values[key] in paths.get((table, key), ()):
+            continue
         if (table, key) in paths or (Mark.FILE in setting.metadata and values[key] and path.is_file()):
             values[key] = str(path)  # else it is a name
     return tables

@@ -47,7 +47,8 @@ def mine_labels(
 
     Returns:
         ``(H, W)``: class + 1 where the first CRF says a class, 0 where both say background, 255 elsewhere. An image
-        without a class is background.
+        without a class is background; one with a class whose CAM is 0 everywhere has none, as nobody knows where that
+        class is: 255 is in its place.
 
     Raises:
         ValueError: if a shape or value is wrong.
@@ -59,7 +60,7 @@ def mine_labels(
         image, classes, maps, scores,
         gaussian=gaussian, bilateral=bilateral, iterations=iterations, backend=backend, device=device,
     )  # fmt: skip
-    return _agreed(sure, possible)
+    return _agreed(sure, possible, maps)
 
 
 def pseudo_mask(
@@ -85,6 +86,7 @@ def pseudo_mask(
 
     Returns:
         ``(H, W)``: what a pixel is at the higher score, or 255 where it is background there, but not at the lower one.
+        There is no background where a class has a CAM of 0 everywhere, as for :func:`mine_labels`.
 
     Raises:
         ValueError: if a shape or value is wrong.
@@ -95,11 +97,55 @@ def pseudo_mask(
         image, classes, maps, (min(1.0, background_score + unsure), max(0.0, background_score - unsure)),
         gaussian=gaussian, bilateral=bilateral, iterations=iterations, backend=backend, device=device,
     )  # fmt: skip
-    return _agreed(sure, possible)
+    return _agreed(sure, possible, maps)
 
 
-def _agreed(sure: NDArray[np.uint8], possible: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.where(sure > 0, sure, np.where(possible == 0, 0, IGNORE)).astype(np.uint8)
+def _agreed(sure: NDArray[np.uint8], possible: NDArray[np.uint8], maps: NDArray[np.floating]) -> NDArray[np.uint8]:
+    background = 0 if as_array("maps", maps, numbers=True).any((1, 2)).all() else IGNORE
+    return np.where(sure > 0, sure, np.where(possible == 0, background, IGNORE)).astype(np.uint8)
+
+
+def snap(
+    mask: NDArray[np.integer], regions: NDArray[np.integer], *, labels: Sequence[int] | None = None
+) -> NDArray[np.uint8]:
+    """A mask whose borders are those of proposals, such as superpixels or what SAM makes without a prompt.
+
+    Every region gets the value that most of its pixels have; those that are 255 have no say, and where all are, it
+    stays so. A class that would lose its last pixel keeps those that it had.
+
+    Args:
+        mask: ``(H, W)``: 0, class + 1, or 255 for what is left open.
+        regions: ``(H, W)``: the number of each pixel's region; what has 0 is in none and stays as it is.
+        labels: the image's tags, class indices from 0; other classes are left open first. None for no such tags.
+
+    Raises:
+        ValueError: if the shapes differ, or a value is out of range.
+
+    Example:
+        >>> snap(np.array([[0, 1, 1, 1], [0, 0, 2, 0]]), np.array([[1, 1, 2, 2], [1, 1, 2, 2]]))
+        array([[0, 0, 1, 1],
+               [0, 0, 2, 1]], dtype=uint8)
+    """
+    mask, regions = as_array("mask", mask, "(H, W)"), as_array("regions", regions, "(H, W)")
+    if mask.shape != regions.shape:
+        raise expected("regions", f"of the mask's shape {mask.shape}", regions.shape)
+    if mask.size and not 0 <= mask.min() <= mask.max() <= IGNORE:
+        raise expected("mask", f"values in [0, {IGNORE}]", f"{mask.min()} to {mask.max()}")
+    if regions.size and regions.min() < 0:
+        raise expected("regions", "numbers of at least 0", regions.min())
+    given = mask.astype(np.uint8)
+    if labels is not None:
+        known = [0, IGNORE, *(k + 1 for k in labels)]
+        given = np.where(np.isin(given, known), given, IGNORE).astype(np.uint8)
+    names, number = np.unique(regions, return_inverse=True)
+    votes = np.zeros((len(names), IGNORE + 1), dtype=np.int64)
+    np.add.at(votes, (number.reshape(-1), given.reshape(-1)), 1)
+    votes[:, IGNORE] = 0
+    winner = np.where(votes.any(1), votes.argmax(1), IGNORE).astype(np.uint8)
+    result = np.where(regions == 0, given, winner[number.reshape(mask.shape)]).astype(np.uint8)
+    for lost in set(np.unique(given).tolist()) - set(np.unique(result).tolist()) - {0, IGNORE}:
+        result[given == lost] = lost
+    return result
 
 
 def crf_labels(

@@ -170,7 +170,12 @@ def _wanted(session: Session, stages: Sequence[str] | None) -> Chain:
     names = [stage.name for stage in session.chain]
     for name in stages:
         check_choice("stages", name, names)
-    return tuple(stage for stage in session.chain if stage.name in stages)
+    wanted = {name: stage for stage in session.chain if (name := stage.name) in stages}
+    for stage in reversed(session.chain):
+        if stage.name in wanted:
+            needs = session.needs(stage)
+            wanted |= {need.name: need for need in needs if need.brought(session.settings(need))}
+    return tuple(stage for stage in session.chain if stage.name in wanted)
 
 
 def _whole(config: Config) -> Chain:

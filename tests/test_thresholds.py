@@ -9,7 +9,7 @@ from cacl.artifacts import ImageCAMs, save_cams
 from cacl.crf import dense_crf
 from cacl.datasets import Dataset
 from cacl.mining import pseudo_mask, refine_maps
-from cacl.stages.cams import own_scores
+from cacl.stages.levels import own_scores
 from cacl.thresholds import BINS, class_levels, count_maxima, least_cross_entropy, otsu, split_scores
 
 

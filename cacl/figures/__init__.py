@@ -240,5 +240,5 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
 
 
 def _title(stage: str, titles: Mapping[str, str] | None) -> str:
-    known = {each.name: each.title for each in CHAIN} if titles is None else titles
+    known = {each.name: each.titled(each.settings()) for each in CHAIN} if titles is None else titles
     return known.get(stage, stage)

@@ -22,10 +22,12 @@ from cacl.pictures import heatmap, threshold
 from cacl.report.gallery import Gallery
 from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
-from cacl.stages.cams import CAMs, camnet, own_scores, predict_cams
+from cacl.stages.cams import CAMs, camnet, predict_cams
 from cacl.stages.contrast import CACL, METHODS
-from cacl.stages.irn import IRN, refine_cams
+from cacl.stages.irn import IRN
+from cacl.stages.levels import own_scores
 from cacl.stages.predict import prediction_folder
+from cacl.stages.refined import refine_cams
 from cacl.stages.stage import Judged
 
 logger = logging.getLogger("cacl")

@@ -14,7 +14,6 @@ from cacl.report.galleries import (
     Ablation,
     ablation_galleries,
     agreement_galleries,
-    method,
     prediction_title,
     ranked_galleries,
 )
@@ -49,8 +48,9 @@ def _named(session: Session) -> Iterator[Score]:
     stages = {stage.name: stage for stage in session.chain}
     for name, score in session.files.scores().items():
         if name in stages:  # else it is of another chain
-            shown = (stages[name].shown or "{what}").replace("{crf}", " + CRF" if score.crf else "")
-            shown = shown.replace("{what}", score.what).replace("CA-CL", method(session))
+            given, settings = stages[name].shown, session.settings(stages[name])
+            shown = (given(settings) if callable(given) else given) or "{what}"
+            shown = shown.replace("{crf}", " + CRF" if score.crf else "").replace("{what}", score.what)
             yield replace(score, what=shown[:1].upper() + shown[1:])
 
 
@@ -238,4 +238,4 @@ def costs(session: Session) -> Section:
 
 def titles(session: Session) -> dict[str, str]:
     """Stage -> what people call it."""
-    return {stage.name: stage.title.replace("CA-CL", method(session)) for stage in session.chain}
+    return {stage.name: stage.titled(session.settings(stage)) for stage in session.chain}

@@ -13,10 +13,10 @@ from cacl.prompts import BackgroundSet, PromptSet
 from cacl.runs.session import Session
 from cacl.settings import Encoder, Prompts
 from cacl.stages.chain import needed
-from cacl.stages.contrast import known_words
 from cacl.stages.quality import Agreements, evaluate_agreement, labelled
 from cacl.stages.score import Score
 from cacl.stages.stage import Judged, Stage
+from cacl.stages.words import known_words
 
 logger = logging.getLogger("cacl")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
+from cacl._support.files import write_json
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.weights import save_state
@@ -27,15 +30,33 @@ from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
-from cacl.settings import Factor, Machine, Mark, Share, Switch, Table
+from cacl.prompts import ORIGAMI
+from cacl.seeds import SEEDS, check_seeds, differences, hold_to_tags, state_of
+from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table, Template
+from cacl.stages.dense import clip_es_of, make_dense_cams
+from cacl.stages.levels import own_scores
 from cacl.stages.score import Point, Score, rounded
 from cacl.stages.stage import Context, Judged, Stage
-from cacl.thresholds import BINS, Scores, class_levels, count_maxima, split_scores
+from cacl.stages.words import known_words
+from cacl.thresholds import BINS
+
+logger = logging.getLogger("cacl")
 
 
 class CAMs(Table):
-    """``[cams]``: CAMs at inference."""
+    """``[cams]``: CAMs at inference, or seeds in their place."""
 
+    source: Annotated[Literal["cacl", "clip"] | Path, Mark.EVALUATION] = "cacl"
+    """Where the CAMs of the training images come from: ``"cacl"`` is the network of the stage of this name, ``"clip"``
+    CLIP-ES, which trains nothing and needs an encoder that knows what it sees where (:class:`cacl.clip_es.CLIPES`),
+    a path a folder with masks ``<id>.png`` or soft maps ``<id>.npz`` of others (:func:`cacl.seeds.read_seeds`). But
+    for the first, the stages before it are left out where nothing else needs them."""
+    compare: Switch = False
+    """Of seeds in their place: train CA-CL all the same, and say where the two disagree."""
+    template: Annotated[Template, Mark.EVALUATION] = ORIGAMI
+    """Of CLIP-ES's texts."""
+    words: Annotated[Literal["shared", "class"], Mark.EVALUATION] = "shared"
+    """CLIP-ES's background words: the same for all classes, or each class's own of ``[backgrounds]``."""
     scales: Annotated[tuple[Factor, ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
     """Factors of the image's size."""
     flip: Switch = True
@@ -137,36 +158,6 @@ def evaluate_cams(
     return sweep_of(Counts(pixels, counts[:BINS], int(counts[BINS])), scores)
 
 
-def own_scores(dataset: Dataset, cams: Path) -> Scores:
-    """The background scores that a folder of CAMs asks for by their values alone: no mask is opened.
-
-    Shared out over processes as :func:`make_cams` is.
-
-    Args:
-        dataset: the images.
-        cams: folder of :func:`make_cams`, or of :func:`cacl.stages.masks.walk_cams`.
-
-    Raises:
-        ValueError: if a file of CAMs is missing or broken.
-    """
-    return own_levels(dataset, cams)[0]
-
-
-def own_levels(dataset: Dataset, cams: Path) -> tuple[Scores, NDArray[np.float64]]:
-    """:func:`own_scores`, and the levels ``(K,)`` of the classes at which its lowest score suits all of them (see
-    :func:`cacl.thresholds.class_levels`); arguments as there."""
-    counts = np.zeros((1 + len(dataset.classes), BINS), dtype=np.int64)
-    with barrier():
-        for index in shard(range(len(dataset))):
-            found = cams_of(dataset, cams, index)
-            counts[0] += count_maxima(found.maps)
-            for k, own in zip(found.classes, found.maps, strict=True):
-                counts[1 + k] += count_maxima(own[None])
-    counts = all_reduce_counts(counts.reshape(-1)).reshape(counts.shape)
-    scores = split_scores(counts[0])
-    return scores, class_levels(counts[1:], scores.low)
-
-
 def camnet(run: Context, stage: str | None = None) -> CAMNet:
     """The CAM network of a run with the weights that it starts from, or with those that a stage left."""
     return run.network(partial(CAMNet, len(run.train.classes)), stage)
@@ -201,11 +192,59 @@ def cam_score_depends(run: Context, settings: Table) -> tuple[object, ...]:
 
 def _run(run: Context, settings: CAMs, folder: Path, journal: Journal) -> None:
     # What is there is of this very stage from before a stop; files of another were removed.
-    make_cams(camnet(run, "cacl"), run.train, folder / "train", settings, machine=run.machine, keep=True)
+    made, own, record = folder / "train", folder / "cacl", {}
+    if settings.source == "cacl":
+        make_cams(camnet(run, "cacl"), run.train, made, settings, machine=run.machine, keep=True)
+        return
+    if settings.source == "clip":
+        make_dense_cams(
+            clip_es_of(run, settings.template, settings.words), run.train, made, machine=run.machine, keep=True
+        )
+    else:
+        held = hold_to_tags(run.train, settings.source, made, machine=run.machine)
+        record = held._asdict()
+        if rank() == 0 and (held.empty or held.dropped):
+            logger.warning("%s: %s", settings.source, held)
+    if settings.compare:
+        make_cams(camnet(run, "cacl"), run.train, own, settings, machine=run.machine, keep=True)
+        scores = [own_scores(run.train, each).middle for each in (made, own)]
+        record |= differences(run.train, made, own, scores[0], scores[1], machine=run.machine)
+    if rank() == 0:
+        write_json(folder / SEEDS, record)
+
+
+def _needs(settings: CAMs) -> Sequence[str]:
+    return ("cacl",) if settings.source == "cacl" or settings.compare else ()
+
+
+def _depends(run: Context, settings: CAMs) -> tuple[object, ...]:
+    if settings.source == "cacl":
+        return ()
+    if settings.source == "clip":
+        words = known_words(run) if settings.words == "class" else None
+        known = words and {name: words.get(name) for name in run.train.classes}
+        return ("clip", run.table(Encoder), run.identity("encoder"), settings.template, known)
+    return ("given", state_of(run.train, settings.source))
+
+
+def _check(run: Context, settings: CAMs) -> None:
+    """An encoder's first answer comes here, not after a training; so does a folder without seeds."""
+    if settings.source == "clip":
+        clip_es_of(run, settings.template, settings.words)(torch.zeros(3, 32, 32, device=run.machine.device), [0])
+    elif settings.source != "cacl":
+        check_seeds(run.train, settings.source)
+
+
+NAMES = {"cacl": "CAM", "clip": "CLIP-ES"}
+"""What the CAMs of a source are called; those of a folder are "given seeds"."""
+
+
+def _name(settings: CAMs) -> str:
+    return NAMES.get(str(settings.source), "given seeds")
 
 
 def _score(run: Context, settings: CAMs, dataset: Dataset) -> Score:
-    return cam_score(run, run.folder("cams") / "train", dataset)
+    return replace(cam_score(run, run.folder("cams") / "train", dataset), what=_name(settings))
 
 
 def _judged(run: Context, settings: CAMs, dataset: Dataset, known: float | None) -> Judged:
@@ -218,18 +257,23 @@ def _judged(run: Context, settings: CAMs, dataset: Dataset, known: float | None)
         height, width = cams.maps.shape[1:]
         return threshold(cams.classes, cams.resized((4 * height, 4 * width)), known)
 
-    return Judged("CAM", mask, known, auto=chosen == "auto")
+    return Judged(_name(settings), mask, known, auto=chosen == "auto")
 
 
 STAGE = Stage(
     "cams",
     CAMs,
     run=_run,
-    title="CAMs",
-    needs=("cacl",),
-    files=("train",),
+    title=lambda settings: "CAMs" if settings.source == "cacl" else _name(settings),
+    also_needs=_needs,
+    spares=lambda settings: () if settings.source == "cacl" else ("warmup", "cacl"),
+    brought=lambda settings: settings.source not in ("cacl", "clip") and not settings.compare,
+    files=("train", "cacl"),
+    uses=("encoder",),
+    depends=_depends,
+    check=_check,
     scored_on="train",
     score=_score,
     judged=_judged,
-    shown="CAM of the training images",
+    shown="{what} of the training images",
 )

@@ -61,8 +61,15 @@ def needed(chain: Sequence[Stage[Any]], settings: Callable[[Stage[Any]], Any]) -
         chain: the stages.
         settings: stage -> its table.
     """
-    asked = {name for stage in chain for name in (*stage.needs, *stage.also_needs(settings(stage)))}
-    return tuple(stage for stage in chain if not stage.on_demand or asked & {stage.name, *stage.stands_for})
+    spared = {name for stage in chain for name in stage.spares(settings(stage))}
+    kept: list[Stage[Any]] = []
+    asked: set[str] = set()
+    for stage in reversed(chain):
+        names = {stage.name, *stage.stands_for}
+        if asked & names or not (stage.on_demand or stage.name in spared):
+            kept.append(stage)
+            asked |= {*stage.needs, *stage.also_needs(settings(stage))}
+    return tuple(reversed(kept))
 
 
 def stage_of(chain: Sequence[Stage[Any]], name: str, at: Stage[Any] | None = None) -> Stage[Any]:

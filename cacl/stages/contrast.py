@@ -16,18 +16,16 @@ from cacl._support.weights import check_can_be_saved, evaluating, put_back
 from cacl._support.word_lists import load_words
 from cacl.camnet import CAMNet
 from cacl.criterion import CACLLoss
-from cacl.datasets import FORMATS, Dataset
+from cacl.datasets import Dataset
 from cacl.errors import InputError, first_line
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
 from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
-from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet, words_for
+from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet
 from cacl.settings import (
-    Backgrounds,
     Cosine,
     Count,
-    Data,
     Encoder,
     Epochs,
     Factor,
@@ -42,6 +40,7 @@ from cacl.settings import (
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
+from cacl.stages.words import known_words
 from cacl.training import RESERVED, fit
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Any]
@@ -175,21 +174,6 @@ def backgrounds(run: Context, settings: CACL) -> BackgroundSet | None:
     return known_words(run) if taken and run.given_criterion is None else None
 
 
-def known_words(run: Context) -> BackgroundSet:
-    """The background words of a run's classes, from the configuration, beside the data, or built in.
-
-    Raises:
-        ValueError: if there are none for a class.
-    """
-    words, data = run.table(Backgrounds), run.table(Data)
-    beside = data.root / "backgrounds.json"
-    file = words.file or (beside if FORMATS[data.format].brings_words and beside.is_file() else None)
-    classes = run.train.classes
-    if file is None:
-        return BackgroundSet.built_in(classes, words.n or 5)
-    return words_for(classes, file, words.n)
-
-
 def criterion_of(run: Context, settings: CACL) -> Criterion:
     """The loss of a run, on its device."""
 
@@ -283,7 +267,7 @@ STAGE = Stage(
     "cacl",
     CACL,
     run=_run,
-    title="CA-CL",
+    title=lambda settings: METHODS[settings.method],
     needs=("warmup",),
     uses=("encoder", "criterion"),
     depends=_depends,
@@ -291,5 +275,5 @@ STAGE = Stage(
     scored_on="eval",
     score=_score,
     score_depends=cam_score_depends,
-    shown="CAM after CA-CL",
+    shown=lambda settings: f"CAM after {METHODS[settings.method]}",
 )

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import model_validator
 from torch import Tensor
 
-from cacl._support.distributed import all_reduce_counts, barrier, shard
-from cacl._support.pool import map_processes
-from cacl._support.progress import watched
-from cacl.artifacts import cams_of, save_mask, to_make
-from cacl.constants import BACKGROUND_SCORE
 from cacl.crf import check_backend
 from cacl.datasets import Dataset
-from cacl.errors import InputError
-from cacl.images import Mask
 from cacl.irn import IRNet, affinity_loss
 from cacl.loading import Batch
 from cacl.log import Journal
-from cacl.metrics import ConfusionMatrix
-from cacl.mining import mine_labels, refine_maps
-from cacl.settings import CRF, CAMNetwork, CRFArguments, Epochs, Machine, Radius, Schedule, Share, Training, Weight
-from cacl.stages.cams import CAMs, own_scores, save_model
+from cacl.mining import mine_labels
+from cacl.settings import CRF, CAMNetwork, Epochs, Machine, Radius, Schedule, Share, Training, Weight
+from cacl.stages.cams import CAMs, save_model
+from cacl.stages.levels import own_scores
+from cacl.stages.refined import evaluate_refined, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.training import fit
@@ -100,26 +90,6 @@ def _scores_of(dataset: Dataset, cams: Path, settings: IRN) -> tuple[float, floa
     return low, max(own.high, low)
 
 
-def write_labels(
-    dataset: Dataset,
-    cams: Path,
-    out: Path,
-    labels: Callable[..., Mask],
-    crf: CRF,
-    *,
-    levels: NDArray[np.floating] | None = None,
-    machine: Machine,
-    keep: bool,
-    desc: str,
-) -> None:
-    """As :func:`make_labels`, by another function than :func:`cacl.mining.mine_labels` at its two scores."""
-    wanted = to_make(dataset, out, ".png", keep=keep)
-    task = _Mining(dataset, cams, out, labels, levels, crf.arguments(machine))
-    with barrier():
-        for _ in _done(task, wanted, machine, desc):
-            pass
-
-
 def train_irnet(
     net: IRNet,
     dataset: Dataset,
@@ -159,111 +129,9 @@ def train_irnet(
     )  # fmt: skip
 
 
-def refine_cams(
-    dataset: Dataset,
-    cams: Path,
-    indices: Sequence[int],
-    settings: CRF = CRF(),
-    *,
-    background_score: float = BACKGROUND_SCORE,
-    levels: NDArray[np.floating] | None = None,
-    machine: Machine = Machine(),
-) -> Iterator[tuple[int, Mask]]:
-    """(index, mask of the CAMs after a CRF) of some images: what IRNet is not needed for.
-
-    Args:
-        dataset: the images.
-        cams: folder of :func:`cacl.stages.cams.make_cams`, or of :func:`cacl.stages.masks.walk_cams`.
-        indices: which images.
-        settings: of the CRF.
-        background_score: of the CAMs before the CRF.
-        levels: by what the CAMs of each class are multiplied before (see :func:`cacl.thresholds.class_levels`).
-        machine: where it is computed.
-    """
-    task = _Refining(dataset, cams, background_score, levels, settings.arguments(machine))
-    return zip(indices, _done(task, indices, machine, "CRF"), strict=True)
-
-
-def evaluate_refined(
-    dataset: Dataset,
-    cams: Path,
-    settings: CRF = CRF(),
-    *,
-    background_score: float = BACKGROUND_SCORE,
-    levels: NDArray[np.floating] | None = None,
-    machine: Machine = Machine(),
-) -> tuple[ConfusionMatrix, int]:
-    """CAMs after a CRF against the masks, arguments as for :func:`refine_cams`; also the number of images.
-
-    Shared out over processes as :func:`cacl.stages.cams.make_cams` is.
-    """
-    masked = dataset.masked
-    matrix = ConfusionMatrix(len(dataset.classes))
-    with barrier():
-        for index, mask in refine_cams(
-            dataset, cams, shard(masked), settings, background_score=background_score, levels=levels, machine=machine
-        ):  # fmt: skip
-            matrix.update(dataset.mask(index).numpy(), mask)
-    matrix.counts = all_reduce_counts(matrix.counts)
-    return matrix, len(masked)
-
-
 def irnet(run: Context, stage: str | None = None) -> IRNet:
     """The IRNet of a run, on the untrained backbone of ``[camnet]``; with the weights that a stage left, if any."""
     return run.network(IRNet, stage)
-
-
-def _done(task: Any, indices: Sequence[int], machine: Machine, desc: str) -> Iterator[Any]:
-    results = map_processes(task, indices, workers=machine.crf_workers)
-    return iter(watched(results, total=len(indices), desc=desc, progress=machine.progress))
-
-
-@dataclass(frozen=True)
-class _Mining:
-    """index -> nothing; writes the image's mined labels."""
-
-    dataset: Dataset
-    cams: Path
-    out: Path
-    labels: Callable[..., Mask]
-    levels: NDArray[np.floating] | None
-    crf: CRFArguments
-
-    def __call__(self, index: int) -> None:
-        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
-        with _naming(self.dataset, index):
-            labels = self.labels(photo, cams.classes, cams.maps, **self.crf)
-        save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
-
-
-@dataclass(frozen=True)
-class _Refining:
-    """index -> the mask of the image's CAMs after a CRF."""
-
-    dataset: Dataset
-    cams: Path
-    score: float
-    levels: NDArray[np.floating] | None
-    crf: CRFArguments
-
-    def __call__(self, index: int) -> Mask:
-        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
-        with _naming(self.dataset, index):
-            mask: Mask = refine_maps(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
-        return mask
-
-
-@contextmanager
-def _naming(dataset: Dataset, index: int) -> Iterator[None]:
-    """Say which image it was."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{dataset.entries[index].image}: {error}") from None
-
-
-def _photo(dataset: Dataset, index: int) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(dataset.image(index).permute(1, 2, 0).numpy())
 
 
 def _run(run: Context, settings: IRN, folder: Path, journal: Journal) -> None:

@@ -26,9 +26,12 @@ from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate, spread
-from cacl.settings import CRF, Count, Machine, Radius, Share, Sigma, Table, Weight
-from cacl.stages.cams import cam_score, own_levels
-from cacl.stages.irn import evaluate_refined, irnet, write_labels
+from cacl.seeds import check_seeds, state_of
+from cacl.settings import CRF, Count, Machine, Mark, Radius, Share, Sigma, Table, Weight
+from cacl.stages.cams import cam_score
+from cacl.stages.irn import irnet
+from cacl.stages.levels import own_levels
+from cacl.stages.refined import evaluate_refined, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
 
@@ -60,6 +63,9 @@ class Masks(CRF, Walk):
     (:func:`cacl.thresholds.class_levels`)."""
     unsure: Share = 0.05
     """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
+    regions: Annotated[Path | None, Mark.EVALUATION] = None
+    """A folder of proposals, such as superpixels or SAM's, ``<id>.png`` with a number a region and 0 for none; masks
+    are snapped to them (:func:`cacl.mining.snap`)."""
 
 
 def walk_cams(
@@ -161,7 +167,18 @@ def make_masks(
     """
     score, levels = _score_of(dataset, cams, settings)
     made = partial(pseudo_mask, background_score=score, unsure=settings.unsure)
-    write_labels(dataset, cams, out, made, settings, levels=levels, machine=machine, keep=keep, desc="masks")
+    write_labels(
+        dataset,
+        cams,
+        out,
+        made,
+        settings,
+        levels=levels,
+        regions=settings.regions,
+        machine=machine,
+        keep=keep,
+        desc="masks",
+    )
 
 
 def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> tuple[float, NDArray[np.float64] | None]:
@@ -190,8 +207,8 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
     seeds = _seeds(run, settings)
     score, levels = _score_of(dataset, seeds, settings)
     matrix, images = evaluate_refined(
-        dataset, seeds, settings, background_score=score, levels=levels, machine=run.machine
-    )  # fmt: skip
+        dataset, seeds, settings, background_score=score, levels=levels, regions=settings.regions, machine=run.machine
+    )
     alone = None
     if settings.affinity != "none":
         alone = replace(cam_score(run, seeds, dataset, score), what="random walk alone")
@@ -207,6 +224,17 @@ def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None
     return Judged("pseudo masks", run.folder("masks") / "train", score, crf=crf, auto=auto)
 
 
+def _depends(run: Context, settings: Masks) -> tuple[object, ...]:
+    backend, regions = check_backend(run.machine.crf), settings.regions
+    return (backend,) if regions is None else (backend, state_of(run.train, regions))
+
+
+def _check(run: Context, settings: Masks) -> None:
+    check_backend(run.machine.crf)
+    if settings.regions is not None:
+        check_seeds(run.train, settings.regions, "regions", (".png",))
+
+
 STAGE = Stage(
     "masks",
     Masks,
@@ -214,10 +242,10 @@ STAGE = Stage(
     title="pseudo masks",
     needs=("cams",),
     also_needs=lambda settings: ("irn",) if settings.affinity == "irn" else (),
-    version=3,
+    version=4,
     files=("walk", "train"),
-    depends=lambda run, settings: (check_backend(run.machine.crf),),
-    check=lambda run, settings: check_backend(run.machine.crf),
+    depends=_depends,
+    check=_check,
     scored_on="train",
     score=_score,
     judged=_judged,

@@ -144,7 +144,11 @@ class Stage(Generic[S]):
     """The stages that it needs with some settings only."""
     on_demand: bool = False
     """Whether it is only done where a later stage needs it, or when it is asked for by its name."""
-    title: str = ""
+    spares: Callable[[S], Sequence[str]] = lambda settings: ()
+    """The stages before it that are on demand with some settings of its own."""
+    brought: Callable[[S], bool] = lambda settings: False
+    """Whether with some settings it is done, though not asked for, where a stage is that needs it."""
+    title: str | Callable[[S], str] = ""
     """What people call it."""
     files: tuple[str, ...] = ()
     """Folders in its own that hold a file an image; they are removed when it is done anew."""
@@ -168,7 +172,7 @@ class Stage(Generic[S]):
     judged: Callable[[Context, S, Dataset, float | None], Judged] | None = None
     """The masks that it made of them, whose agreement with the encoder is measured (:mod:`cacl.agreement`); at the
     background score that is given, that of its mean IoU, or at its own where that is None."""
-    shown: str = ""
+    shown: str | Callable[[S], str] = ""
     """What the report calls its score: ``{what}`` is the score's own name, ``{crf}`` `` + CRF`` where there is one; the
     score's own name if empty."""
 
@@ -177,6 +181,10 @@ class Stage(Generic[S]):
         for name in ("needs", "files", "stands_for", "uses"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+
+    def titled(self, settings: S) -> str:
+        """What people call it, with some settings."""
+        return self.title(settings) if callable(self.title) else self.title
 
     def key(self, run: Context, settings: S, needed: Sequence[str]) -> str:
         """A hash of everything that its result follows from, ``needed`` being the keys of the stages that it needs.
