@@ -47,7 +47,6 @@ Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Factor = Annotated[float, Field(gt=0, le=16, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 FileOrName = Annotated[str, Mark.FILE]
-Template = Annotated[str, AfterValidator(lambda template: PromptSet([template])[0])]
 Schedule = Literal["cosine", "poly", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 

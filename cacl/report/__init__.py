@@ -17,11 +17,12 @@ from cacl.errors import InputError
 from cacl.figures.style import check_report
 from cacl.methods import TEMPLATE
 from cacl.prompts import BACKGROUND_WORDS
-from cacl.report import sections
+from cacl.report import sections, seeds
 from cacl.report.galleries import cam_gallery, open_ablation, segmentation_gallery, step_gallery
 from cacl.report.gallery import Gallery
 from cacl.report.page import Page, render
 from cacl.runs.session import Session
+from cacl.stages.cams import CAMs
 from cacl.stages.chain import CHAIN, Chain
 from cacl.stages.contrast import CACL, METHODS
 
@@ -124,6 +125,7 @@ def _write(session: Session, path: Path, galleries: Mapping[str, Gallery], ablat
         sections.training(session),
         sections.classes(session, compared),
         sections.cams(session, galleries.get("cams"), compared),
+        seeds.section(session),
         sections.steps(session, galleries.get("masks")),
         sections.segmentation(session, galleries.get("segmentation")),
         sections.agreement(session),
@@ -162,6 +164,7 @@ def _facts(session: Session) -> list[tuple[str, str]]:
         templates = len(TEMPLATE)
     return [
         *([("Method", METHODS[method.method])] if method.method != "cacl" else []),
+        *([("Seeds", f"{source}")] if (source := session.table(CAMs).source) != "cacl" else []),
         ("Data", f"{data.format}, {data.root}"),
         ("Classes", f"{len(session.train.classes)}"),
         ("Training", f"{len(session.train)} images of the split {data.train}: labels only, no masks"),

@@ -57,17 +57,17 @@ def step_gallery(session: Session) -> Gallery | None:
     }
     score, lower = _score(session, "cams"), own_scores(dataset, cams).low
     titles = ["photo", "CAM", f"CAM at {score:g}", f"CAM + CRF at {lower:g}", *kept]
-    gallery = Gallery(dataset, [*titles, *_truth_title(dataset, chosen)])
+    gallery = Gallery(dataset, [*titles, *truth_title(dataset, chosen)])
     refining = refine_cams(
         dataset, cams, chosen, session.table(IRN), background_score=lower, machine=session.machine
     )  # fmt: skip
     for i, refined in refining:
-        photo, id = _photo(dataset, i), dataset.entries[i].id
+        photo, id = photo_of(dataset, i), dataset.entries[i].id
         found = cams_of(dataset, cams, i)
         maps = found.resized(photo.shape[:2])
         masks = (_mask(folder / f"{id}.png", photo) for folder in kept.values())
         own = [photo, heatmap(photo, maps), threshold(found.classes, maps, score), refined, *masks]
-        gallery.add(i, [*own, *_truth(gallery, i)])
+        gallery.add(i, [*own, *truth(gallery, i)])
     return gallery
 
 
@@ -82,15 +82,15 @@ def segmentation_gallery(session: Session) -> Gallery | None:
     found = _cams(session, "cacl", dataset, chosen) if labelled else {}
     score = _score(session, "cacl")
     titles = ["photo", *([f"CAM after {method(session)}", f"its mask at {score:g}"] if labelled else [])]
-    gallery = Gallery(dataset, [*titles, prediction_title(session), *_truth_title(dataset, chosen)])
+    gallery = Gallery(dataset, [*titles, prediction_title(session), *truth_title(dataset, chosen)])
     for i in chosen:
-        photo = _photo(dataset, i)
+        photo = photo_of(dataset, i)
         own: list[Pixels | Mask | None] = [photo]
         if labelled:
             maps = found[i].resized(photo.shape[:2])
             own += [heatmap(photo, maps), threshold(found[i].classes, maps, score)]
         own.append(_mask(folder / f"{dataset.entries[i].id}.png", photo))
-        gallery.add(i, [*own, *_truth(gallery, i)])
+        gallery.add(i, [*own, *truth(gallery, i)])
     return gallery if chosen else None
 
 
@@ -116,9 +116,9 @@ def ranked_galleries(session: Session) -> tuple[Gallery, Gallery] | None:
     best, worst = (Gallery(dataset, ["photo", "prediction", "ground truth"]) for _ in range(2))
     for gallery, some in ((best, scores[: -count - 1 : -1]), (worst, scores[:count])):
         for score, i in some:
-            photo = _photo(dataset, i)
+            photo = photo_of(dataset, i)
             mask = _mask(folder / f"{dataset.entries[i].id}.png", photo)
-            gallery.add(i, [photo, mask, *_truth(gallery, i)], f"{100 * score:.1f} %")
+            gallery.add(i, [photo, mask, *truth(gallery, i)], f"{100 * score:.1f} %")
     return best, worst
 
 
@@ -139,7 +139,7 @@ def agreement_galleries(session: Session) -> Iterator[tuple[str, Gallery, Galler
         least, most = (Gallery(dataset, ["photo", given.what]) for _ in range(2))
         for gallery, some in ((least, known[:count]), (most, known[: -count - 1 : -1])):
             for i, agreement in some:
-                photo = _photo(dataset, i)
+                photo = photo_of(dataset, i)
                 gallery.add(i, [photo, _judged_mask(given, dataset, i, photo)], f"{agreement:.3f}")
         if count:
             yield given.what[:1].upper() + given.what[1:], least, most
@@ -248,14 +248,14 @@ def _compared(session: Session, networks: Mapping[str, tuple[Session, str]], *, 
     cams = [_cams(run, stage, dataset, chosen) for run, stage in networks.values()]
     score = _score(*list(networks.values())[-1])
     mask = [f"its mask at {score:g}"] if masks else []
-    gallery = Gallery(dataset, ["photo", *networks, *mask, *_truth_title(dataset, chosen)])
+    gallery = Gallery(dataset, ["photo", *networks, *mask, *truth_title(dataset, chosen)])
     for i in chosen:
-        photo = _photo(dataset, i)
+        photo = photo_of(dataset, i)
         maps = [of[i].resized(photo.shape[:2]) for of in cams]
         own: list[Pixels | Mask | None] = [photo, *(heatmap(photo, each) for each in maps)]
         if masks:
             own.append(threshold(cams[-1][i].classes, maps[-1], score))
-        gallery.add(i, [*own, *_truth(gallery, i)])
+        gallery.add(i, [*own, *truth(gallery, i)])
     return gallery
 
 
@@ -274,7 +274,7 @@ def _chosen(session: Session, dataset: Dataset) -> list[int]:
     return [i * len(dataset) // count for i in range(count)]
 
 
-def _photo(dataset: Dataset, index: int) -> Pixels:
+def photo_of(dataset: Dataset, index: int) -> Pixels:
     photo: Pixels = dataset.image(index).permute(1, 2, 0).numpy()
     return photo
 
@@ -285,11 +285,11 @@ def _mask(path: Path, photo: Pixels) -> Mask | None:
     return mask if mask is not None and mask.shape == photo.shape[:2] else None
 
 
-def _truth_title(dataset: Dataset, chosen: Iterable[int]) -> list[str]:
+def truth_title(dataset: Dataset, chosen: Iterable[int]) -> list[str]:
     return ["ground truth"] if any(dataset.entries[i].mask for i in chosen) else []
 
 
-def _truth(gallery: Gallery, index: int) -> list[Mask | None]:
+def truth(gallery: Gallery, index: int) -> list[Mask | None]:
     """The ground truth of an image, where the gallery has a column for it."""
     if gallery.titles[-1] != "ground truth":
         return []

@@ -23,12 +23,14 @@ _LARGEST = (300, 225)
 
 @dataclass(frozen=True)
 class Block:
-    """One of: a chart, a gallery, two galleries side by side, or a line of text; with a caption."""
+    """One of: a chart, a gallery, two galleries side by side, a table, or a line of text; with a caption."""
 
     caption: str = ""
     chart: str = ""
     galleries: Sequence[tuple[str, Gallery]] = ()
     """Each with a heading, or an empty one."""
+    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
+    """The columns' names, and rows; the first cell of a row is its name, the others are numbers."""
     note: str = ""
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
@@ -32,7 +32,7 @@ from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
 from cacl.prompts import ORIGAMI
 from cacl.seeds import SEEDS, check_seeds, differences, hold_to_tags, state_of
-from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table, Template
+from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table
 from cacl.stages.dense import clip_es_of, make_dense_cams
 from cacl.stages.levels import own_scores
 from cacl.stages.score import Point, Score, rounded
@@ -53,7 +53,7 @@ class CAMs(Table):
     for the first, the stages before it are left out where nothing else needs them."""
     compare: Switch = False
     """Of seeds in their place: train CA-CL all the same, and say where the two disagree."""
-    template: Annotated[Template, Mark.EVALUATION] = ORIGAMI
+    template: Annotated[str, Mark.EVALUATION, AfterValidator(lambda template: PromptSet([template])[0])] = ORIGAMI
     """Of CLIP-ES's texts."""
     words: Annotated[Literal["shared", "class"], Mark.EVALUATION] = "shared"
     """CLIP-ES's background words: the same for all classes, or each class's own of ``[backgrounds]``."""
