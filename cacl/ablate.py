@@ -1,4 +1,4 @@
-"""The paper's tables 4 to 8 on any data set: one shared warm-up a seed, one CA-CL training a variant."""
+"""The paper's tables 4 to 8 on any data set, and that of methods: one shared warm-up a seed, a training a variant."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import csv
 import io
 import logging
 import os
-import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from cacl import pipeline
+from cacl import methods_table, pipeline
 from cacl._support.checks import check_choice, check_positive
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero
-from cacl._support.files import locked, write_json, write_text
+from cacl._support.files import locked, write_text
 from cacl._support.surroundings import training_alone
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
-from cacl.log import Callback, Log
+from cacl.log import Callback
+from cacl.methods_table import deviation, fork, seconds_a_step, spread, warmed_up
 from cacl.paper_tables import TABLES, TITLES, Variant, folders, variants
-from cacl.runs.folder import RunFolder
 from cacl.runs.session import Session
 from cacl.stages.contrast import CACL, backgrounds
 from cacl.stages.warmup import Warmup
@@ -48,11 +47,16 @@ def run(
     *,
     tables: Sequence[str] = TABLES[:5],
     seeds: int = 3,
+    methods: Mapping[str, Mapping[str, Any]] | None = None,
     encoder: ImageTextEncoder | None = None,
     backbone: nn.Module | None = None,
     callback: Callback | None = None,
 ) -> list[Path]:
     """Train the variants of some tables and write each table as Markdown and as CSV into ``[run] out``.
+
+    The table ``"methods"`` (:mod:`cacl.methods_table`) has CLIMS, QA-CLIMS, POLE and CA-CL beside the warm-up that all
+    of them start from and CLIP-ES, which trains nothing, with CAMs and pseudo masks of the training images; it is a
+    picture too.
 
     A variant that stands in several tables is trained once, and every training starts from the warm-up of its seed.
     What is finished is not done again, and the tables are written anew after each training. Several processes share
@@ -62,6 +66,7 @@ def run(
         config: what the variants vary.
         tables: which of :data:`TABLES`.
         seeds: trainings a variant, with the seeds ``[run] seed`` and those after it.
+        methods: of the table ``"methods"``: method -> key of ``[cacl]`` -> value that holds for it alone.
         encoder: instead of the configuration's.
         backbone: instead of the configuration's.
         callback: gets every record of every training.
@@ -75,17 +80,23 @@ def run(
     config = config if isinstance(config, Config) else Config.load(config)
     check_positive("seeds", seeds)
     for table in tables:
-        check_choice("tables", table, TABLES)
+        check_choice("tables", table, (*TABLES, "methods"))
     if (method := config.table(CACL).method) != "cacl":
         raise InputError(f"[cacl] method: expected 'cacl', whose parts the tables vary, but got {method!r}")
     with (
         process_group(local_device(config.run.device, "[run] device"), config.run.timeout_seconds),
         locked(config.run.out),
     ):
-        return _run(config, tables, seeds, {"encoder": encoder, "backbone": backbone, "callback": callback})
+        given = {"encoder": encoder, "backbone": backbone, "callback": callback}
+        paths = _run(config, [table for table in tables if table != "methods"], seeds, given)
+        if "methods" in tables:
+            paths.append(methods_table.run(config, seeds, methods, given))
+        return paths
 
 
 def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str, Any]) -> list[Path]:
+    if not tables:
+        return []
     out = config.run.out
     names = folders(config)
     wanted = {table: [(v, names[repr(v.changes)]) for v in variants(config, table)] for table in tables}
@@ -101,13 +112,13 @@ def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str,
         seed = config.run.seed + i
         folder = out / f"seed-{seed}"
         start = folder / "start"
-        warmup = pipeline.run(config.changed({"run": {"out": start, "seed": seed}}), stages=["warmup"], **arguments)
+        warmup = warmed_up(config, start, seed, arguments)
         starts.append(
             rank_zero(partial(_trial, warmup.metrics["warmup"], start, "warmup", config.table(Warmup).batch_size))
         )
         for number, (name, variant) in enumerate(changed.items(), start=1):
             logger.info("ablate: seed %d, %s (%d of %d)", seed, name, number, len(changed))
-            rank_zero(partial(_fork, start, folder / name))
+            rank_zero(partial(fork, start, folder / name))
             changed_run = variant.changed({"run": {"out": folder / name, "seed": seed}})
             result = pipeline.run(changed_run, stages=["warmup", "cacl"], **arguments)
             score = partial(_trial, result.metrics["cacl"], folder / name, "cacl", config.table(CACL).batch_size)
@@ -118,33 +129,12 @@ def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str,
     return [out / f"table-{table}.md" for table in tables]
 
 
-def _fork(start: Path, folder: Path) -> None:
-    """A run folder whose warm-up is that of another."""
-    own, other = RunFolder(folder), RunFolder(start)
-    state = other.state("warmup")
-    if own.state("warmup") == state:
-        return
-    (folder / "warmup").mkdir(parents=True, exist_ok=True)
-    for name in ("data.json", "warmup/model.pt"):
-        (folder / name).unlink(missing_ok=True)
-        try:
-            os.link(start / name, folder / name)
-        except OSError:  # not every file system has links
-            shutil.copyfile(start / name, folder / name)
-    write_json(folder / "metrics.json", {"warmup": other.metrics["warmup"]})
-    own.mark("warmup", state.key or "", finished=state.finished)
-
-
 def _trial(metrics: Mapping[str, Any], folder: Path, stage: str, batch_size: int) -> Trial:
     if metrics["miou"] is None:
         raise InputError(
             f"[data] eval: expected masks to compare on, but those of {metrics['split']!r} have no pixel that counts"
         )
-    records = [record for record in Log(folder / "log.jsonl").records() if record.get("stage") == stage]
-    seconds = [batch_size / record["images_per_second"] for record in records]
-    return Trial(
-        metrics["fixed"]["miou"], metrics["oracle"]["miou"], statistics.median(seconds) if seconds else float("nan")
-    )
+    return Trial(metrics["fixed"]["miou"], metrics["oracle"]["miou"], seconds_a_step(folder, stage, batch_size))
 
 
 def _write(
@@ -171,7 +161,7 @@ def _write(
         if variant.name != "warm-up":
             time = "" if step is None else f"{1000 * step:.0f}"
             text.append(f"| {variant.name} | {spread(miou)} | {spread(oracle)} | {paper} | {time} |")
-        numbers = [f"{100 * f(x):.2f}" if x else "" for x in (miou, oracle) for f in (statistics.fmean, _deviation)]
+        numbers = [f"{100 * f(x):.2f}" if x else "" for x in (miou, oracle) for f in (statistics.fmean, deviation)]
         cells.append([variant.name, *numbers, paper, "" if step is None else f"{step:.4f}", str(len(scores))])
     text += [
         "",
@@ -185,15 +175,3 @@ def _write(
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(cells)
     write_text(path.with_suffix(".csv"), buffer.getvalue())
-
-
-def spread(values: Iterable[float]) -> str:
-    """Shares in per cent: mean ± standard deviation of several, one as it is, nothing for none."""
-    known = [100 * value for value in values]
-    if not known:
-        return ""
-    return f"{statistics.fmean(known):.1f}" + (f" ± {_deviation(known):.1f}" if len(known) > 1 else "")
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

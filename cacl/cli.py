@@ -176,13 +176,13 @@ def _export_voc(options: argparse.Namespace) -> int:
 
 
 def _ablate(options: argparse.Namespace) -> int:
-    from cacl import ablate
+    from cacl import ablate, methods_table
 
+    options.set, methods = methods_table.split_overrides(options.set)
     config = _config(options)
-    out = config.run.out
-    config = config.changed({"run": {"out": out.with_name(f"{out.name}-ablation")}})
+    config = config.changed({"run": {"out": config.run.out.with_name(f"{config.run.out.name}-ablation")}})
     tables = [name.strip() for name in options.tables.split(",")]
-    paths = ablate.run(config, tables=tables, seeds=options.seeds)
+    paths = ablate.run(config, tables=tables, seeds=options.seeds, methods=methods)
     for path in paths if is_first() else ():
         print(path.read_text(encoding="utf-8"))
         print(f"table: {path}, {path.with_suffix('.csv')}")
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("config", metavar="CONFIG", help="what the variants vary: a TOML file or a preset")
     ablate.add_argument(
-        "--tables", default="4,5,6,7,8", metavar="A,B", help="4, 5, 6, 7, 8, theta (default: 4,5,6,7,8)"
+        "--tables", default="4,5,6,7,8", metavar="A,B", help="4, 5, 6, 7, 8, theta, methods (default: 4,5,6,7,8)"
     )
     ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a variant (default: %(default)s)")
     ablate.set_defaults(command=_ablate)

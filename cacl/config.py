@@ -82,7 +82,7 @@ class Config(Table):
         check_working_folder()
         name, kind = str(source), config_class(chain)
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
-        config = _validated(kind, _merge(tables, _absolute(_overrides(overrides), Path.cwd(), kind)), name)
+        config = _validated(kind, _merge(tables, _absolute(parse_overrides(overrides), Path.cwd(), kind)), name)
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
         if own and not _is_of_run(Path(name), config):
             raise InputError(f"{shown(source)}: [run] out: expected another folder: this file would be overwritten")
@@ -231,7 +231,8 @@ def _toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{shown(path)}: expected a TOML file, but {error}") from None
 
 
-def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``"table.key=value"`` -> table -> key -> value, as :meth:`Config.load` takes them."""
     tables: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -5,13 +5,16 @@ import json
 import statistics
 
 import pytest
+import torch
 from conftest import TinyBackbone, TinyEncoder
 from drawn import write_csv
 
-from cacl import ablate, pipeline
+from cacl import ablate, methods_table, pipeline
 from cacl.cli import main
 from cacl.config import Config
+from cacl.dense import DenseFeatures
 from cacl.prompts import DEFAULT_TEMPLATES
+from cacl.stages.contrast import CACL
 
 SETTINGS = [
     "data.format=csv", "run.device=cpu", "run.workers=0", "warmup.epochs=1", "warmup.batch_size=3", "warmup.crop=32",
@@ -149,3 +152,92 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cacl-scenes-ablation/table-theta.csv").is_file()
     assert main(["ablate", "scenes", "--tables", "12"]) == 2
     assert "expected" in capsys.readouterr().err.lower()
+
+
+# The table of methods
+
+QUICK = ("masks.affinity=none", "masks.iterations=0", "irn.batch_size=3")
+
+
+class Dense(TinyEncoder):
+    """Sees everywhere what it sees of the whole."""
+
+    def encode_dense(self, images):
+        activations = torch.nn.functional.avg_pool2d(images, 16).detach().requires_grad_()
+        with torch.enable_grad():
+            squares = activations.movedim(1, -1).reshape(-1, 3, 1, 1).expand(-1, 3, self.image_size, self.image_size)
+            features = self.encode_image(squares).view(len(images), *activations.shape[2:], -1).movedim(-1, 1)
+        return DenseFeatures(features, activations)
+
+
+def test_rows_of_methods_have_their_authors_weights_and_the_configurations_training(tmp_path):
+    config = configure(tmp_path, "cacl.gamma=15.0", "cacl.alpha=3.0", "cacl.lr=0.02")
+    given = {"pole": {"lr": 0.5}, "cacl": {"margin": 1.0}}
+    rows = {v.name: config.changed(v.changes).table(CACL) for v in methods_table.variants(config, given)}
+    assert list(rows) == ["warm-up", "CLIP-ES", "CLIMS", "QA-CLIMS", "POLE", "CA-CL"]
+    weights = {name: (row.alpha, row.background_weight, row.beta, row.gamma) for name, row in rows.items()}
+    assert weights["CLIMS"] == (10.0, 24.0, 1.0, 0.2)
+    assert weights["QA-CLIMS"][::3] == (10.0, 0.2)
+    assert weights["QA-CLIMS"][1] == 8.0
+    assert weights["POLE"][:3] == (10.0, 25.0, 1.0)
+    assert weights["CA-CL"][::3] == (3.0, 15.0)
+    assert {name: row.lr for name, row in rows.items()} == {**dict.fromkeys(rows, 0.02), "POLE": 0.5}
+    assert {row.epochs for name, row in rows.items() if name != "warm-up"} == {1.0}
+    assert rows["CA-CL"].margin == 1.0
+    with pytest.raises(ValueError, match="Expected settings of cacl, clims, qa-clims, pole, but got some of 'clip'"):
+        methods_table.variants(config, {"clip": {}})
+
+
+def test_methods_start_from_one_warm_up_and_are_measured_alike(tmp_path):
+    config = configure(tmp_path, *QUICK)
+    seen = []
+    arguments = {"encoder": Dense(), "backbone": TinyBackbone(), "callback": lambda r: seen.append(r["stage"])}
+    assert ablate.run(config, tables=["methods"], seeds=2, **arguments) == [tmp_path / "out/table-methods.md"]
+    table = {row["method"]: row for row in rows(tmp_path / "out/table-methods.csv")}
+    assert list(table) == ["warm-up", "CLIP-ES", "CLIMS", "QA-CLIMS", "POLE", "CA-CL"]
+    for name, row in table.items():
+        folders = [tmp_path / f"out/seed-{seed}/methods-{name.lower()}" for seed in (0, 1)]
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+        for key, stage in (("cam", "cams"), ("masks", "masks")):
+            known = [each[stage]["miou"] for each in metrics]
+            assert float(row[f"{key}_mean"]) == pytest.approx(statistics.fmean(known), abs=1e-4)
+            assert float(row[f"{key}_std"]) == pytest.approx(statistics.stdev(known), abs=1e-4)
+        assert float(row["oracle_mean"]) >= float(row["cam_mean"]) - 1e-4
+        assert (row["seconds_per_step"] == "") == (name in ("warm-up", "CLIP-ES"))
+        assert row["seeds"] == "2"
+    for seed in (0, 1):
+        models = {path.read_bytes() for path in (tmp_path / f"out/seed-{seed}").glob("*/warmup/model.pt")}
+        assert len(models) == 1
+        trained = torch.load(tmp_path / f"out/seed-{seed}/methods-warm-up/cacl/model.pt", weights_only=True)
+        start = torch.load(tmp_path / f"out/seed-{seed}/start/warmup/model.pt", weights_only=True)
+        torch.testing.assert_close(trained, start)  # the row of the warm-up is the warm-up
+    text = (tmp_path / "out/table-methods.md").read_text()
+    assert "| QA-CLIMS |" in text
+    assert "the encoder that is adapted to masks" in text
+    assert (tmp_path / "out/table-methods.png").read_bytes().startswith(b"\x89PNG")
+    before = len(seen)
+    ablate.run(config, tables=["methods"], seeds=2, **arguments)
+    assert len(seen) == before
+
+
+def test_methods_without_a_dense_encoder_and_by_the_command_line(tmp_path, clip_state, capsys):
+    config = configure(tmp_path, *QUICK, f"run.out={tmp_path / 'given'}")
+    run(config, tables=["methods"], seeds=1)
+    text = (tmp_path / "given/table-methods.md").read_text()
+    assert "| CLIP-ES |" not in text
+    assert "CLIP-ES is missing: Expected argument `encoder` to have `encode_dense`, but TinyEncoder lacks it." in text
+    torch.save(clip_state, tmp_path / "clip.pt")
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    settings = [f"encoder.name={tmp_path / 'clip.pt'}", "camnet.backbone=resnet18", "camnet.weights=", "clims.lr=0.005"]
+    settings.append(f"run.out={tmp_path / 'out'}")
+    command = ["ablate", f"{tmp_path / 'config.toml'}", "--tables", "methods", "--seeds", "1"]
+    assert main([*command, *(part for setting in settings for part in ("--set", setting))]) == 0
+    assert "| CLIP-ES |" in capsys.readouterr().out
+    made = tmp_path / "out-ablation/seed-0"
+    assert "lr = 0.005\n" in (made / "methods-clims/config.toml").read_text()
+    assert "lr = 0.01\n" in (made / "methods-pole/config.toml").read_text()
+
+
+def test_methods_beside_others_seeds_make_no_sense(tmp_path):
+    with pytest.raises(ValueError, match=r"\[cams\] source: expected 'cacl', beside which the table has CLIP-ES, but"):
+        run(configure(tmp_path, "cams.source=clip"), tables=["methods"])

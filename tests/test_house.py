@@ -33,7 +33,7 @@ FLOORS = [
     "figures",
     "report",
     "pipeline",
-    "ablate",
+    "methods_table ablate",
     "cli",
     "__main__",
 ]
@@ -85,7 +85,7 @@ def test_imports_go_downwards_only(name):
         # A stage may bring in the report when it is called; nobody below it may.
         assert height[room(target)] <= height[room(name)], f"{name} imports {target}, which is above it"
         if room(target) in LOOKS and room(name) not in LOOKS:
-            assert room(name) in ("pipeline", "cli"), f"{name} imports {target}, which only looks"
+            assert room(name) in ("pipeline", "methods_table", "cli"), f"{name} imports {target}, which only looks"
             assert not at_the_top, f"{name} imports {target} before it is needed"
         if room(name) == "figures":
             assert room(target) != "report"

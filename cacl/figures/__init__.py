@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cacl.errors import expected
@@ -124,6 +125,42 @@ def miou_bars(
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
     axes.set(xlim=(0, 100), ylim=(len(values) - 0.4, -0.6), xlabel="mean IoU %")
+    return figure
+
+
+@styled
+def method_bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Several methods by what they reach, horizontally: the mean as a bar, each seed as a point.
+
+    Args:
+        values: what was measured -> method -> mean IoU in [0, 1] of each seed; a method may have none.
+
+    Returns:
+        A panel a method, the first on top, with a bar for everything that was measured.
+    """
+    methods = list(dict.fromkeys(chain.from_iterable(values.values())))
+    if not any(chain.from_iterable(each.values()) for each in values.values()):
+        raise expected("values", "a mean IoU of at least one method", dict(values))
+    figure = new_figure((WIDTH, 0.8 + 0.26 * (len(values) + 0.6) * len(methods)))
+    axes = figure.subplots()
+    thick = 0.8 / len(values)
+    colours = series(len(values))
+    for i, (what, own) in enumerate(values.items()):
+        places = [y - 0.4 + (i + 0.5) * thick for y in range(len(methods))]
+        means = [100 * fmean(own[name]) if own.get(name) else 0.0 for name in methods]
+        axes.barh(places, means, 0.9 * thick, color=colours[i], label=what)
+        for y, mean, name in zip(places, means, methods, strict=True):
+            seeds = [100 * value for value in own.get(name, ())]
+            if not seeds:
+                continue
+            axes.plot(seeds, [y] * len(seeds), "o", color=INK, markersize=3, markerfacecolor="none")
+            axes.annotate(f"{mean:.1f}", (max(seeds), y), xytext=(7, 0), textcoords="offset points", va="center")
+    axes.set(xlabel="mean IoU %", ylim=(len(methods) - 0.4, -0.6))
+    axes.set_yticks(range(len(methods)), methods)
+    axes.tick_params("y", labelcolor=INK, length=0)
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside upper left", ncols=len(values))
     return figure
 
 

@@ -30,7 +30,7 @@ from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
-from cacl.prompts import ORIGAMI
+from cacl.prompts import ORIGAMI, PromptSet
 from cacl.seeds import SEEDS, check_seeds, differences, hold_to_tags, state_of
 from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table
 from cacl.stages.dense import clip_es_of, make_dense_cams
