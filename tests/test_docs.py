@@ -163,7 +163,21 @@ def a_run() -> dict[str, object]:
     return {}
 
 
-PREPARED = {"docs/concepts/chain.md": arrays, "docs/how-to/segmentation.md": a_run}
+def a_tool() -> dict[str, object]:
+    """A tool that answers a text with masks, as far as colours tell."""
+
+    def segment(photo, tag):
+        own = photo[..., 0 if tag == "boat" else 1] > 200
+        return [own], [0.9]
+
+    return {"segment": segment}
+
+
+PREPARED = {
+    "docs/concepts/chain.md": arrays,
+    "docs/how-to/segmentation.md": a_run,
+    "docs/how-to/seeds.md": a_tool,
+}
 
 
 WITH_SNIPPETS = [
