@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cacl import figures
-from cacl.figures import iou_bars, loss_curves, miou_bars, photo_grid, selection_curves, stage_costs
+from cacl.figures import iou_bars, loss_curves, method_bars, miou_bars, photo_grid, selection_curves, stage_costs
 from cacl.figures.style import smoothed
 from cacl.pictures import COLOURS
 
@@ -62,6 +62,18 @@ def test_miou_bars_shows_values_with_what_belongs_beside_them():
     shown = texts(figure)
     assert all(text in shown for text in ("31.4", "41.8", "50.0", "train, 400 images", "oracle (sees the masks)"))
     assert "oracle" not in texts(miou_bars(["one"], [0.5]))
+
+
+def test_method_bars_shows_means_and_every_seed():
+    values = {"CAM": {"CLIMS": [0.3, 0.4], "CA-CL": [0.5]}, "pseudo masks": {"CLIMS": [], "CA-CL": [0.6]}}
+    figure = method_bars(values)
+    (axes,) = figure.axes
+    assert [round(bar.get_width(), 1) for bar in axes.patches] == [35.0, 50.0, 0.0, 60.0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[30.0, 40.0], [50.0], [60.0]]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["CLIMS", "CA-CL"]
+    assert all(text in texts(figure) for text in ("35.0", "50.0", "60.0", "CAM", "pseudo masks"))
+    with pytest.raises(ValueError, match="Expected argument `values` to be a mean IoU of at least one method"):
+        method_bars({"CAM": {"CLIMS": []}})
 
 
 def test_loss_curves_has_a_panel_a_stage_and_the_weighted_terms():

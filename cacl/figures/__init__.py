@@ -136,7 +136,7 @@ def method_bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         values: what was measured -> method -> mean IoU in [0, 1] of each seed; a method may have none.
 
     Returns:
-        A panel a method, the first on top, with a bar for everything that was measured.
+        A group of bars a method, the first on top.
     """
     methods = list(dict.fromkeys(chain.from_iterable(values.values())))
     if not any(chain.from_iterable(each.values()) for each in values.values()):
@@ -158,6 +158,7 @@ def method_bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     axes.set(xlabel="mean IoU %", ylim=(len(methods) - 0.4, -0.6))
     axes.set_yticks(range(len(methods)), methods)
     axes.tick_params("y", labelcolor=INK, length=0)
+    axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     figure.legend(loc="outside upper left", ncols=len(values))
