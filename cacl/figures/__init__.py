@@ -139,7 +139,7 @@ def method_bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         A group of bars a method, the first on top.
     """
     methods = list(dict.fromkeys(chain.from_iterable(values.values())))
-    if not any(chain.from_iterable(each.values()) for each in values.values()):
+    if not any(seeds for each in values.values() for seeds in each.values()):
         raise expected("values", "a mean IoU of at least one method", dict(values))
     figure = new_figure((WIDTH, 0.8 + 0.26 * (len(values) + 0.6) * len(methods)))
     axes = figure.subplots()
