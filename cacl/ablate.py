@@ -81,6 +81,8 @@ def run(
     check_positive("seeds", seeds)
     for table in tables:
         check_choice("tables", table, (*TABLES, "methods"))
+    if methods and "methods" not in tables:
+        raise InputError(f"Expected argument `tables` to have 'methods', as settings of {min(methods)!r} are given.")
     if (method := config.table(CACL).method) != "cacl":
         raise InputError(f"[cacl] method: expected 'cacl', whose parts the tables vary, but got {method!r}")
     with (

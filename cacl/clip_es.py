@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import check_dense_features, check_encoder, statistics_of
 from cacl._support.checks import check_positive, check_range, check_tensor, check_words, shape
 from cacl._support.features import cosine, full, renormalisation, unit
 from cacl._support.names import plain
+from cacl._support.weights import evaluating
 from cacl.encoders import DenseEncoder
 from cacl.errors import InputError, expected
 from cacl.prompts import ORIGAMI, BackgroundSet, PromptSet
@@ -103,10 +105,16 @@ class CLIPES:
             raise expected("image", "a tensor (3, H, W)", shape(image))
         if wrong := [k for k in classes if not 0 <= k < len(self.names)]:
             raise expected("classes", f"indices of at most {len(self.names) - 1}", wrong[0])
+        with torch.inference_mode(False), torch.autocast(image.device.type, enabled=False):
+            return self._cams(image.clone(), list(classes))
+
+    def _cams(self, image: Tensor, classes: list[int]) -> Tensor:
         photo = self._photo(image)
-        seen = check_dense_features(self.encoder.encode_dense(photo), photo, self._class_text.shape[1])
+        with evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext():
+            answer: object = self.encoder.encode_dense(photo)
+        seen = check_dense_features(answer, photo, self._class_text.shape[1])
         words = sorted({word for k in classes for word in self._words[k]})
-        text = torch.cat((self._class_text[list(classes)], self._word_text[words])).to(seen.features)
+        text = torch.cat((self._class_text[classes], self._word_text[words])).to(seen.features.device)
         with torch.enable_grad():
             similar = cosine(full(seen.features.mean((2, 3))), text)
             probabilities = (similar / self.temperature).softmax(0)
@@ -127,9 +135,13 @@ class CLIPES:
         return F.interpolate(photo, size=size, mode="bilinear", align_corners=False, antialias=True)
 
     def _grad_cam(self, probability: Tensor, activations: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(probability, activations, retain_graph=True)
-        weights = gradient.mean((2, 3), keepdim=True)
-        return _stretched((weights * activations.detach()).sum(1)[0].relu())
+        (gradient,) = torch.autograd.grad(probability, activations, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise InputError(
+                "Expected argument `encoder.encode_dense` to be returning features that follow from its activations."
+            )
+        weights = full(gradient).mean((2, 3), keepdim=True)
+        return _stretched((weights * full(activations.detach())).sum(1)[0].relu())
 
     def _carried(self, cams: Tensor, attention: Tensor) -> Tensor:
         ways = affinity(attention)

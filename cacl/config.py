@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
@@ -82,7 +83,7 @@ class Config(Table):
         check_working_folder()
         name, kind = str(source), config_class(chain)
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
-        config = _validated(kind, _merge(tables, _absolute(parse_overrides(overrides), Path.cwd(), kind)), name)
+        config = _validated(kind, _merge(tables, absolute(parse_overrides(overrides), Path.cwd(), kind)), name)
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
         if own and not _is_of_run(Path(name), config):
             raise InputError(f"{shown(source)}: [run] out: expected another folder: this file would be overwritten")
@@ -142,7 +143,8 @@ class Config(Table):
         for table, key, names in _paths(type(self)):
             path = tables[table][key]
             if folder is not None and path and path not in names and Path(path).is_relative_to(folder):
-                tables[table][key] = Path(path).relative_to(folder).as_posix()
+                relative = Path(path).relative_to(folder).as_posix()
+                tables[table][key] = path if relative in names else relative
         for name, table in tables.items():
             chosen = getattr(self, name).chosen
             known = ((key, value) for key, value in table.items() if value is not None)
@@ -197,14 +199,15 @@ def _paths(kind: type[Config]) -> list[tuple[str, str, tuple[str, ...]]]:
     """(table, key, what else than a path it may be) of the settings that are paths."""
     found = []
     for table, key, setting in _columns(kind):
-        parts = get_args(setting.annotation) or (setting.annotation,)
+        union = get_origin(setting.annotation) in (Union, UnionType)
+        parts = get_args(setting.annotation) if union else (setting.annotation,)
         if Path in parts:
             found.append((table, key, tuple(name for part in parts for name in get_args(part))))
     return found
 
 
 def _preset(name: str, kind: type[Config]) -> dict[str, Any]:
-    tables = _absolute(_toml(_ASSETS / "presets" / f"{name}.toml"), Path.cwd(), kind)
+    tables = absolute(_toml(_ASSETS / "presets" / f"{name}.toml"), Path.cwd(), kind)
     known: dict[str, set[str]] = {}
     for table, key, _ in _columns(kind):
         known.setdefault(table, set()).add(key)
@@ -212,7 +215,7 @@ def _preset(name: str, kind: type[Config]) -> dict[str, Any]:
 
 
 def _file(path: Path, kind: type[Config]) -> dict[str, Any]:
-    tables = _absolute(_toml(path), path.absolute().parent, kind)
+    tables = absolute(_toml(path), path.absolute().parent, kind)
     base = tables.pop("base", None)
     if base is None:
         return tables
@@ -255,7 +258,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _absolute(tables: dict[str, Any], folder: Path, kind: type[Config]) -> dict[str, Any]:
+def absolute(tables: dict[str, Any], folder: Path, kind: type[Config]) -> dict[str, Any]:
     """Relative paths -> absolute ones."""
     paths = {(table, key): names for table, key, names in _paths(kind)}
     for table, key, setting in _columns(kind):

@@ -57,8 +57,8 @@ def dense_features(visual: Any, images: Tensor, *, layers: int = 8) -> DenseFeat
         torch.func.functional_call(visual, {"positional_embedding": positions}, (images.detach(),))
         places = visual.ln_post(seen.in_order(seen.output)[:, 1:])
         features = places if visual.proj is None else places @ visual.proj
-    attention = torch.stack(seen.attention).mean(0)
-    return DenseFeatures(_at_places(features, grid), seen.activations, attention)
+    assert seen.attention is not None
+    return DenseFeatures(_at_places(features, grid), seen.activations, seen.attention / len(blocks[-layers:]))
 
 
 def _blocks(visual: Any) -> list[Any]:
@@ -99,7 +99,7 @@ class _Seen:
 
     def __init__(self, grid: tuple[int, ...], *, batch_first: bool) -> None:
         self.grid, self.batch_first = grid, batch_first
-        self.attention: list[Tensor] = []
+        self.attention: Tensor | None = None
 
     def in_order(self, tokens: Tensor) -> Tensor:
         """``(N, 1 + T, C)`` from the library's order, or back."""
@@ -128,7 +128,8 @@ class _Seen:
         self.output = tokens
 
     def _attended(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.attention.append(output[1].detach()[:, 1:, 1:])
+        seen = output[1].detach()[:, 1:, 1:]
+        self.attention = seen if self.attention is None else self.attention + seen
 
 
 def _with_weights(module: nn.Module, inputs: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

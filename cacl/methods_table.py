@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cacl import pipeline
 from cacl._support.distributed import barrier, rank_zero
 from cacl._support.files import replacing, write_json, write_text
-from cacl.config import Config, parse_overrides
+from cacl.config import Config, absolute, config_class, parse_overrides
 from cacl.errors import InputError, first_line
 from cacl.log import Log
 from cacl.paper_tables import Variant
@@ -26,7 +26,7 @@ from cacl.runs.results import Result
 from cacl.runs.session import Session
 from cacl.stages import cams
 from cacl.stages.cams import CAMs
-from cacl.stages.chain import needed
+from cacl.stages.chain import CHAIN, needed
 from cacl.stages.contrast import CACL, METHODS, backgrounds
 
 logger = logging.getLogger("cacl")
@@ -97,7 +97,10 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
     """Overrides of a configuration without those of one method, such as ``"pole.lr=0.001"``, and these by method."""
     rivals = METHODS.keys() - {"cacl"}
     own = [override for override in overrides if override.partition(".")[0].strip() in rivals]
-    return [override for override in overrides if override not in own], parse_overrides(own)
+    given = parse_overrides(own)
+    kind = config_class(CHAIN)
+    known = {method: absolute({"cacl": keys}, Path.cwd(), kind)["cacl"] for method, keys in given.items()}
+    return [override for override in overrides if override not in own], known
 
 
 def run(
@@ -215,7 +218,7 @@ def write(path: Path, rows: Mapping[str, Sequence[Trial]], problem: str) -> None
         numbers = [f"{f(own):.4f}" if own else "" for own in found for f in (statistics.fmean, deviation)]
         cells.append([name, *numbers, "" if step is None else f"{step:.4f}", str(len(trials)), LEFT_OUT[name]])
     text += ["", _conditions(next(trials[-1] for trials in rows.values() if trials), seeds)]
-    text += [f"CLIP-ES is missing: {problem}", ""] if problem else [""]
+    text += ["", f"CLIP-ES is missing: {problem}", ""] if problem else [""]
     write_text(path.with_suffix(".md"), "\n".join(text))
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(cells)
@@ -224,9 +227,13 @@ def write(path: Path, rows: Mapping[str, Sequence[Trial]], problem: str) -> None
 
 
 def _draw(path: Path, rows: Mapping[str, Sequence[Trial]]) -> None:
+    from cacl.figures import method_bars  # what looks: imported when it is called
+    from cacl.figures.style import check_report
+
     try:
-        from cacl.figures import method_bars  # what looks: imported when it is called
-    except ImportError:
+        check_report()
+    except ImportError as error:
+        logger.info("ablate: no picture. %s", error)
         return
     keys = {"CAM": _MEASURED[0][2], "pseudo masks": _MEASURED[4][2]}
     values = {what: {name: _values(trials, read) for name, trials in rows.items()} for what, read in keys.items()}

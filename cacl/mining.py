@@ -110,8 +110,8 @@ def snap(
 ) -> NDArray[np.uint8]:
     """A mask whose borders are those of proposals, such as superpixels or what SAM makes without a prompt.
 
-    Every region gets the value that most of its pixels have; those that are 255 have no say, and where all are, it
-    stays so. A class that would lose its last pixel keeps those that it had.
+    Every region gets the value that most of its pixels have, 255 among them. A class that would lose its last pixel
+    keeps those that it had.
 
     Args:
         mask: ``(H, W)``: 0, class + 1, or 255 for what is left open.
@@ -140,8 +140,7 @@ def snap(
     names, number = np.unique(regions, return_inverse=True)
     votes = np.zeros((len(names), IGNORE + 1), dtype=np.int64)
     np.add.at(votes, (number.reshape(-1), given.reshape(-1)), 1)
-    votes[:, IGNORE] = 0
-    winner = np.where(votes.any(1), votes.argmax(1), IGNORE).astype(np.uint8)
+    winner = votes.argmax(1).astype(np.uint8)
     result = np.where(regions == 0, given, winner[number.reshape(mask.shape)]).astype(np.uint8)
     for lost in set(np.unique(given).tolist()) - set(np.unique(result).tolist()) - {0, IGNORE}:
         result[given == lost] = lost

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from cacl._support.distributed import barrier, shard, unshard
 from cacl._support.pool import map_processes
 from cacl._support.progress import watched
-from cacl.artifacts import ImageCAMs, cams_of, load_cams, save_cams
+from cacl.artifacts import ImageCAMs, load_cams, save_cams
 from cacl.constants import IGNORE
 from cacl.datasets import Dataset
 from cacl.errors import InputError, shown
 from cacl.images import Mask, open_image, read_mask
 from cacl.mining import snap
-from cacl.pictures import threshold
 from cacl.settings import Machine
 
 ENDINGS = (".png", ".npz")
@@ -83,11 +82,26 @@ def check_seeds(dataset: Dataset, folder: Path, what: str = "seeds", endings: Se
         raise InputError(f"{shown(folder)}: expected one file of {what} an image, but {shown(twice[0])} has two")
 
 
-def state_of(dataset: Dataset, folder: Path) -> str:
+def check_outside(folder: Path, run: Path) -> None:
+    """Require a folder that is not a stage's own in a run, which makes it anew and removes what is there.
+
+    Raises:
+        ValueError: if it is.
+    """
+    folder, run = folder.resolve(), run.resolve()
+    inside = folder.relative_to(run).parts if folder.is_relative_to(run) else ()
+    if inside and (run / inside[0] / "stage.json").is_file():
+        raise InputError(
+            f"{shown(folder)}: expected a folder of other tools, but it is the run's own, which the run would remove: "
+            "copy it first"
+        )
+
+
+def state_of(dataset: Dataset, folder: Path, endings: Sequence[str] = ENDINGS) -> str:
     """A hash of sizes and times of the files of a folder of seeds: changes when they do."""
     digest = hashlib.sha256()
     for entry in dataset.entries:
-        for ending in ENDINGS:
+        for ending in endings:
             path = folder / f"{entry.id}{ending}"
             if path.is_file():
                 state = path.stat()
@@ -101,7 +115,7 @@ def read_seeds(dataset: Dataset, folder: Path, index: int) -> tuple[ImageCAMs, F
     ``<id>.png`` is a mask of the photo's size, palette or grey: 0 for the background, class + 1, and 255 where nobody
     knows, which counts half for each tag. ``<id>.npz`` is what :func:`cacl.artifacts.load_cams` reads: ``classes``
     ``(C,)`` and ``maps`` ``(C, h, w)`` in [0, 1], of any size. What is of no tag is left out, a tag without a pixel has
-    a map of zeros.
+    a map of zeros. Maps of a mask have the maximum 1 however small the object is.
 
     Raises:
         ValueError: if the file is missing or holds something else.
@@ -110,19 +124,24 @@ def read_seeds(dataset: Dataset, folder: Path, index: int) -> tuple[ImageCAMs, F
     height, width = dataset.image(index).shape[1:]
     size = (-(-height // 4), -(-width // 4))
     path = folder / f"{entry.id}.npz"
-    if path.is_file():
+    if not path.is_file():
+        path = folder / f"{entry.id}.png"
+        maps = _of_mask(path, (height, width), entry.labels, count)
+    else:
         given = load_cams(path, count)
         if given.maps.size and given.maps.max() > 1:
             raise InputError(f"{shown(path)}: expected maps in [0, 1], but got {given.maps.max():g}")
+        if len(set(given.classes.tolist())) < len(given.classes):
+            raise InputError(f"{shown(path)}: expected each class once, but got {given.classes.tolist()}")
         maps = {int(k): torch.from_numpy(own).float() for k, own in zip(given.classes, given.maps, strict=True)}
-    else:
-        maps = _of_mask(folder / f"{entry.id}.png", (height, width), entry.labels, count)
     seen = {k for k, own in maps.items() if own.any()}
-    nothing = torch.zeros(size)
+    nothing = torch.zeros(size, device="cpu")
     held = [_resized(maps[k], size) if k in seen else nothing for k in entry.labels]
+    if path.suffix == ".png":
+        held = [own / own.max().clamp(min=1e-6) for own in held]  # a line of a pixel is no faint area
     tags = set(entry.labels)
     found = Found(tuple(sorted(seen - tags)), tuple(sorted(tags - seen)))
-    stacked = torch.stack(held) if held else torch.zeros(0, *size)
+    stacked = torch.stack(held) if held else torch.zeros(0, *size, device="cpu")
     return ImageCAMs(np.array(entry.labels, dtype=np.int64), stacked.half().numpy()), found
 
 
@@ -153,64 +172,6 @@ def hold_to_tags(dataset: Dataset, folder: Path, out: Path, *, machine: Machine 
     return Held(len(dataset), dict(dropped), dict(empty))
 
 
-def differences(
-    dataset: Dataset,
-    seeds: Path,
-    own: Path,
-    seed_score: float,
-    own_score: float,
-    *,
-    machine: Machine = Machine(),
-) -> dict[str, Any]:
-    """Where two folders of CAMs disagree about the same images.
-
-    Shared out over processes as :func:`hold_to_tags` is.
-
-    Args:
-        dataset: the images and their labels.
-        seeds: folder of the one, as :func:`cacl.artifacts.load_cams` reads them.
-        own: folder of the other.
-        seed_score: background score of the one.
-        own_score: background score of the other.
-        machine: where it is computed.
-
-    Returns:
-        As JSON has it. ``differences``: class -> ``images`` that show it, ``iou`` of its two regions in all of them
-        together, ``seeds_only``, the share of the seeds' region that is not in the other's, and ``own_only``; a share
-        of nothing is None. ``photos``: (id, mean IoU over its tags), the lowest first.
-
-    Raises:
-        ValueError: if a file of CAMs is missing or broken.
-    """
-    mine = shard(range(len(dataset)))
-    task = _Comparing(dataset, seeds, own, seed_score, own_score)
-    with barrier():
-        results = map_processes(task, mine, workers=machine.workers)
-        rows = list(watched(results, total=len(mine), desc="compare", progress=machine.progress))
-    counts = np.zeros((len(dataset.classes), 4), dtype=np.int64)
-    photos = []
-    for entry, row in zip(dataset.entries, unshard(rows), strict=True):
-        np.add.at(counts, list(entry.labels), [(1, *pixels) for pixels in row] or np.zeros((0, 4), dtype=np.int64))
-        shares = [share for both, one, other in row if (share := _share(both, one + other - both)) is not None]
-        if shares:
-            photos.append((entry.id, round(sum(shares) / len(shares), 4)))
-    found = {
-        name: {
-            "images": images,
-            "iou": _share(both, one + other - both),
-            "seeds_only": _share(one - both, one),
-            "own_only": _share(other - both, other),
-        }
-        for name, (images, both, one, other) in zip(dataset.classes, counts.tolist(), strict=True)
-        if images
-    }
-    return {"differences": found, "photos": sorted(photos, key=lambda photo: (photo[1], photo[0]))}
-
-
-def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 4) if whole else None
-
-
 def snapped(dataset: Dataset, index: int, mask: Mask, regions: Path | None) -> Mask:
     """The mask of an image, snapped to the proposals ``<id>.png`` in a folder (see :func:`cacl.mining.snap`); as it is
     without a folder.
@@ -223,39 +184,14 @@ def snapped(dataset: Dataset, index: int, mask: Mask, regions: Path | None) -> M
     path = regions / f"{dataset.entries[index].id}.png"
     with open_image(path) as file:
         numbers = np.asarray(file)
-    if numbers.ndim != 2 or numbers.dtype.kind not in "iu":
+    if numbers.ndim != 2 or numbers.dtype.kind not in "iub":
         raise InputError(f"{shown(path)}: expected numbers of regions in one channel, but got the mode {file.mode}")
     if numbers.shape != mask.shape:
         raise InputError(
             f"{shown(path)}: expected regions of the photo's {mask.shape[1]} x {mask.shape[0]} pixels, but got "
             f"{numbers.shape[1]} x {numbers.shape[0]}"
         )
-    return snap(mask, numbers, labels=dataset.entries[index].labels)
-
-
-@dataclass(frozen=True)
-class _Comparing:
-    """index -> of each tag the pixels that both have, that the one has, and the other."""
-
-    dataset: Dataset
-    seeds: Path
-    own: Path
-    seed_score: float
-    own_score: float
-
-    def __call__(self, index: int) -> list[tuple[int, int, int]]:
-        both = [cams_of(self.dataset, folder, index) for folder in (self.seeds, self.own)]
-        height, width = both[1].maps.shape[1:]
-        size = (2 * height, 2 * width)  # half the photo's: finer than either
-        one, other = (
-            threshold(cams.classes, cams.resized(size), score)
-            for cams, score in zip(both, (self.seed_score, self.own_score), strict=True)
-        )
-        found = []
-        for k in self.dataset.entries[index].labels:
-            a, b = one == k + 1, other == k + 1
-            found.append((int((a & b).sum()), int(a.sum()), int(b.sum())))
-        return found
+    return snap(mask, numbers.astype(np.int64), labels=dataset.entries[index].labels)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import sys
 
 import pytest
 import torch
@@ -236,6 +237,25 @@ def test_methods_without_a_dense_encoder_and_by_the_command_line(tmp_path, clip_
     made = tmp_path / "out-ablation/seed-0"
     assert "lr = 0.005\n" in (made / "methods-clims/config.toml").read_text()
     assert "lr = 0.01\n" in (made / "methods-pole/config.toml").read_text()
+
+
+def test_methods_without_the_extra_have_no_picture(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    trial = {"cams": {"split": "train", "images": 6, "miou": 0.4}, "masks": {"miou": 0.5}}
+    with caplog.at_level("INFO"):
+        methods_table.write(tmp_path / "table-methods", {"CLIMS": [methods_table.Trial(trial, 0.1)]}, "")
+    assert "ablate: no picture." in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table-methods.csv", "table-methods.md"]
+
+
+def test_settings_of_a_method_without_its_table_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`tables` to have 'methods', as settings of 'clims' are given"):
+        run(configure(tmp_path), tables=["5"], methods={"clims": {"lr": 1.0}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.json").write_text("{}")
+    others, own = methods_table.split_overrides(["cacl.lr=0.1", "pole.synonyms=words.json", "qa-clims.lr=0.5"])
+    assert others == ["cacl.lr=0.1"]
+    assert own == {"pole": {"synonyms": str(tmp_path / "words.json")}, "qa-clims": {"lr": 0.5}}
 
 
 def test_methods_beside_others_seeds_make_no_sense(tmp_path):

@@ -202,6 +202,57 @@ def test_shared_words_that_are_classes_are_left_out(clip_model, encoder, randn):
         CLIPES(encoder, NAMES, backgrounds=["dog"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast(encoder, randn, dtype):
+    image = randn(3, 40, 60)
+    encoder.model.float()
+    seeds = CLIPES(encoder, NAMES)
+    expected = seeds(image, [0, 1])
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(seeds(image, [0, 1]), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(seeds(image, [0, 1]), expected)
+
+    class Half(NoTransformer):
+        mean, std = CLIP_MEAN, CLIP_STD
+
+        def encode_dense(self, images):
+            seen = encoder.encode_dense(images)
+            with torch.enable_grad():
+                features = seen.features.to(dtype)
+            return DenseFeatures(features, seen.activations, seen.attention.to(dtype))
+
+        def encode_text(self, texts):
+            return encoder.encode_text(texts).to(dtype)
+
+    maps = CLIPES(Half(), NAMES)(image, [0, 1])
+    assert maps.dtype == torch.float32
+    assert maps.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_an_encoder_in_training_mode_is_looked_at_in_evaluation_mode(randn):
+    class Own(nn.Module):
+        image_size, mean, std = 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        encode_image, encode_text = NoTransformer.encode_image, NoTransformer.encode_text
+
+        def __init__(self):
+            super().__init__()
+            self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm2d(3)
+
+        def encode_dense(self, images):
+            activations = self.norm(images).detach().requires_grad_()
+            with torch.enable_grad():
+                return DenseFeatures(self.drop(activations) * 2, activations)
+
+    own = Own()
+    seeds, image = CLIPES(own, NAMES), randn(3, 12, 16)
+    own.train()
+    first = seeds(image, [0])
+    torch.testing.assert_close(seeds(image, [0]), first)
+    assert own.training
+    assert own.norm.num_batches_tracked == 0
+
+
 def test_large_photos_are_scaled_down(encoder, randn):
     assert CLIPES(encoder, NAMES, longest=64)(randn(3, 300, 200).double(), [0]).shape == (1, 4, 3)
 
@@ -271,7 +322,7 @@ def test_open_clip(encoder, randn):
         torch.testing.assert_close(mine, theirs)
 
 
-class NoTransformer(nn.Module):
+class NoTransformer:
     image_size, mean, std = 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
     def encode_image(self, images):
@@ -302,6 +353,10 @@ def test_encoder_that_is_not_dense(encoder):
             r"attention \(1, 4, 4\), but got",
         ),
         (DenseFeatures(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)), "differentiable with respect to its activ"),
+        (
+            DenseFeatures(torch.ones(1, 3, 2, 2).requires_grad_(), torch.zeros(1, 3, 2, 2).requires_grad_()),
+            "features that follow from its activations",
+        ),
     ],
 )
 def test_answers_that_do_not_go_together(answer, message):

@@ -22,10 +22,11 @@ from cacl.datasets import CSVDataset
 from cacl.dense import DenseFeatures
 from cacl.mining import mine_labels, pseudo_mask, snap
 from cacl.report import report
-from cacl.seeds import check_seeds, differences, hold_to_tags, read_seeds
+from cacl.seeds import check_seeds, hold_to_tags, read_seeds
 from cacl.settings import Machine
 from cacl.stages.cams import CAMs, evaluate_cams
 from cacl.stages.chain import CHAIN, needed
+from cacl.stages.differences import differences
 
 
 @pytest.fixture
@@ -114,6 +115,16 @@ def refuse(message, action):
     assert "\n" not in str(error.value)
 
 
+def test_a_line_of_a_pixel_is_no_faint_area(data, seeds):
+    mask = np.zeros((48, 64))
+    mask[10] = mask[21:23, 30:32] = 1  # a line, and a small square
+    write(seeds, 0, mask)
+    cams, found = read_seeds(data, seeds, 0)
+    assert found == ((), ())
+    assert cams.maps[0].max() == 1
+    assert (cams.maps[0, 2] == 1).all()
+
+
 def test_bad_files_are_one_line(data, seeds):
     def read(message):
         refuse(message, lambda: read_seeds(data, seeds, 0))
@@ -132,6 +143,8 @@ def test_bad_files_are_one_line(data, seeds):
     read(r"0.npz: expected maps in \[0, 1\], but got 200$")
     np.savez(seeds / "0.npz", classes=[5], maps=np.ones((1, 4, 4)))
     read(r"0.npz: expected classes 0 to 1, but got \[5\]$")
+    np.savez(seeds / "0.npz", classes=[0, 0], maps=np.ones((2, 4, 4)))
+    read(r"0.npz: expected each class once, but got \[0, 0\]$")
     np.savez(seeds / "0.npz", cams=np.ones((1, 4, 4)))
     read("0.npz: not a file of CAMs")
 
@@ -197,8 +210,8 @@ def plain_snap(mask, regions):
     result = mask.copy()
     for region in np.unique(regions[regions > 0]):
         own = regions == region
-        values = [value for value in mask[own] if value != 255]
-        result[own] = max(sorted(set(values)), key=values.count) if values else 255
+        values = mask[own].tolist()
+        result[own] = max(sorted(set(values)), key=values.count)
     return result
 
 
@@ -211,6 +224,14 @@ def test_snap_is_a_vote_in_every_region():
     np.testing.assert_array_equal(snapped, plain_snap(mask, regions))
     np.testing.assert_array_equal(snapped[:5, :5], mask[:5, :5])  # region 0 is none
     assert {0, 1, 2} <= set(np.unique(snapped))
+
+
+def test_what_nobody_knows_has_a_vote():
+    mask, one = np.full((2, 4), 255), np.ones((2, 4), int)
+    mask[0, :3] = 1
+    assert snap(mask, one).tolist() == [[1, 1, 1, 255], [255] * 4]  # open, but for what the class had
+    mask[1, :2] = 1
+    assert snap(mask, one).tolist() == [[1] * 4] * 2
 
 
 def test_snap_keeps_the_tags():
@@ -288,8 +309,10 @@ def test_seeds_go_through_the_chain_and_nothing_is_trained_before(root, seeds, t
 
 def test_the_stages_after_the_cams_bring_the_seeds_with_them(root, seeds, tmp_path):
     stages = ["irn", "masks", "segment", "predict", "report"]
-    result = run(root, tmp_path / "out", f"cams.source={seeds}", "masks.affinity=irn", stages=stages)
+    settings = (f"cams.source={seeds}", "masks.affinity=irn", "predict.tags=true")
+    result = run(root, tmp_path / "out", *settings, stages=stages)
     assert set(result.metrics) == {"cams", "irn", "masks", "segment", "predict"}
+    assert (tmp_path / "out/tags/model.pt").is_file()
     with pytest.raises(ValueError, match="the stage 'cams' has not finished with these settings; run it first"):
         run(root, tmp_path / "other", stages=["masks"])
 
@@ -302,6 +325,39 @@ def test_other_seeds_are_read_again_and_moved_ones_are_not(root, seeds, tmp_path
     assert pipeline.plan(configure(root, out, f"cams.source={moved}"), **given) == ["cams: finished"]
     write(moved, 0, np.ones((48, 64)))
     assert pipeline.plan(configure(root, out, f"cams.source={moved}"), **given) == ["cams: to be done again"]
+
+
+def test_a_folder_of_the_run_itself_is_refused(root, seeds, tmp_path):
+    out = tmp_path / "out"
+    run(root, out, f"cams.source={seeds}", stages=["cams", "masks"])
+    before = files(out)
+    own = (f"cams.source={out / 'cams/train'}", f"cams.source={out / 'masks/train'}", f"masks.regions={out / 'masks'}")
+    for setting in own:
+        settings = (f"cams.source={seeds}", setting)
+        message = "expected a folder of other tools, but it is the run's own, which the run would remove: copy"
+        if "regions" in setting:
+            message = "expected regions of each of 6 images, <id>.png, but 6 have none"
+        refuse(message, lambda given=settings: run(root, out, *given, stages=["cams", "masks"]))
+    assert files(out).keys() == before.keys()
+    regions = f"masks.regions={out / 'masks/train'}"
+    message = "masks/train: expected a folder of other tools, but it is the run's own"
+    refuse(message, lambda: run(root, out, f"cams.source={seeds}", regions, stages=["cams", "masks"]))
+
+
+def test_a_folder_of_seeds_needs_no_encoder(root, seeds, tmp_path):
+    settings = (f"cams.source={seeds}", "encoder.name=ViT-B/nowhere")
+    result = run(root, tmp_path / "out", *settings, encoder=None, stages=["cams", "masks", "segment", "predict"])
+    assert result.metrics["masks"]["miou"] > 0.5
+    assert "agreement" not in result.metrics["masks"]
+
+
+def test_sources_that_are_none_and_folders_with_the_name_of_one(root, tmp_path):
+    message = r"\[cams\] source: expected \"cacl\", \"clip\" or the path of a folder, but got 3$"
+    refuse(message, lambda: configure(root, tmp_path / "out", "cams.source=3"))
+    named = configure(root, tmp_path / "out", f"cams.source={tmp_path / 'out/clip'}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/other.toml").write_text(named.to_toml(tmp_path / "out"))
+    assert Config.load(tmp_path / "out/other.toml").cams.source == tmp_path / "out/clip"
 
 
 def test_where_seeds_and_trained_cams_disagree(root, seeds, tmp_path):
@@ -348,14 +404,15 @@ def test_two_processes_count_together(root, seeds, tmp_path, clip_state):
     torch.save(clip_state, tmp_path / "clip.pt")
     given = (f"encoder.name={tmp_path / 'clip.pt'}", "run.progress=false")
     config = configure(root, tmp_path / "one", f"cams.source={seeds}", *given)
-    for processes, name in ((1, "one"), (2, "two")):
-        path = tmp_path / f"{name}.toml"
-        path.write_text(config.changed({"run": {"out": tmp_path / name}}).to_toml())
-        done = launch(processes, "-m", "cacl", "run", path, "--stages", "cams")
-        assert done.returncode == 0, done.stderr
-    made = files(tmp_path / "two/cams")
-    assert made == files(tmp_path / "one/cams")
-    assert json.loads(made["seeds.json"])["empty"] == {"train": 2}
+    for source in (seeds, "clip"):
+        for processes, name in ((1, "one"), (2, "two")):
+            path = tmp_path / f"{name}.toml"
+            path.write_text(config.changed({"run": {"out": tmp_path / name}, "cams": {"source": source}}).to_toml())
+            done = launch(processes, "-m", "cacl", "run", path, "--stages", "cams")
+            assert done.returncode == 0, done.stderr
+        made = files(tmp_path / "two/cams")
+        assert made == files(tmp_path / "one/cams")
+        assert source == "clip" or json.loads(made["seeds.json"])["empty"] == {"train": 2}
 
 
 class DenseTiny(TinyEncoder):
@@ -394,3 +451,5 @@ def test_stages_that_are_not_needed_are_left_out():
     assert names("cacl") == ["warmup", "cacl", "cams", "masks", "segment", "predict"]
     assert names("clip") == names("/a/folder") == ["cams", "masks", "segment", "predict"]
     assert names("clip", compare=True) == names("cacl")
+    with pytest.raises(ValueError, match="compare: expected another source than 'cacl' to compare its CAMs with"):
+        CAMs(compare=True)

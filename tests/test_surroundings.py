@@ -20,6 +20,7 @@ from torchvision import tv_tensors
 import cacl
 from cacl import pipeline
 from cacl._support import cores
+from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.crf import dense_crf
 from cacl.datasets import CSVDataset
@@ -31,6 +32,7 @@ from cacl.mining import mine_labels
 from cacl.photos import Segmenter, load_segmenter, mask_of, save_segmenter
 from cacl.predict import predict
 from cacl.random_walk import propagate, spread
+from cacl.seeds import read_seeds
 from cacl.training import Loop, train
 from cacl.transforms import RandomView, normalize
 
@@ -85,9 +87,12 @@ def works(data: Path, folder: Path):
     dataset = CSVDataset(data, "train")
     model = folder / "model.pt"
     save_segmenter(model, DeepLabV2(3, backbone="scenes", weights=None), ("boat", "train"), "scenes")
-    sent = data / "images/0.png"
+    sent, empty = data / "images/0.png", folder / "seeds"
+    empty.mkdir(exist_ok=True)
+    save_mask(empty / "0.png", np.zeros((48, 64), np.uint8))
     return {
         "normalize": lambda: normalize(image),
+        "seeds": lambda: read_seeds(dataset, empty, 0)[0].maps,
         "view": lambda: RandomView(20)(image, mask, generator=torch.Generator().manual_seed(0)),
         "order": lambda: list(order(5, 3, 0, range(3))),
         "labels": lambda: dataset.labels(2),

@@ -18,7 +18,6 @@ from cacl.runs.session import Session
 from cacl.seeds import SEEDS
 from cacl.settings import Report
 from cacl.stages.cams import CAMs
-from cacl.stages.levels import own_scores
 
 
 def _columns(own: str) -> tuple[str, ...]:
@@ -34,7 +33,9 @@ _ABOUT = (
 
 def section(session: Session) -> Section:
     """By class, and the photos where the two disagree most; empty where the CAMs are CA-CL's own."""
-    found = Section("seeds", "Seeds from elsewhere", "Masks or CAMs of others, held to the photos' tags.")
+    found = Section(
+        "seeds", "Seeds from elsewhere", "What takes the place of trained CAMs, and how it goes with the photos' tags."
+    )
     if session.table(CAMs).source == "cacl" or not finished(session, "cams"):
         return found
     record = read_json(session.folder("cams") / SEEDS)
@@ -54,7 +55,7 @@ def section(session: Session) -> Section:
 def _row(name: str, images: int, record: Mapping[str, Any]) -> tuple[str, ...]:
     differs = record.get("differences", {}).get(name, {})
     shares = [differs.get(key) for key in ("iou", "seeds_only", "own_only")]
-    counts = [record.get(key, {}).get(name, 0) for key in ("empty", "dropped")]
+    counts = [record[key].get(name, 0) if key in record else "–" for key in ("empty", "dropped")]
     texts = ("–" if share is None else f"{100 * share:.1f}" for share in shares)
     return (name, f"{images}", *(f"{count}" for count in counts), *texts)
 
@@ -64,10 +65,7 @@ def _apart(session: Session, record: Mapping[str, Any]) -> Gallery | None:
     indices = {entry.id: i for i, entry in enumerate(dataset.entries)}
     worst = [(indices[id], iou) for id, iou in record["photos"] if id in indices][: session.table(Report).images]
     gallery = Gallery(dataset, ["photo", "seeds", f"{method(session)}'s", *truth_title(dataset, [i for i, _ in worst])])
-    try:
-        scores = {name: own_scores(dataset, folder / name).middle for name in ("train", "cacl")}
-    except InputError:  # files that are gone
-        return None
+    scores = dict(zip(("train", "cacl"), record["scores"], strict=True))
 
     def mask(index: int, name: str, size: tuple[int, int]) -> Mask:
         cams = cams_of(dataset, Path(folder / name), index)
@@ -75,6 +73,9 @@ def _apart(session: Session, record: Mapping[str, Any]) -> Gallery | None:
 
     for i, iou in worst:
         photo = photo_of(dataset, i)
-        masks = [mask(i, name, (photo.shape[0], photo.shape[1])) for name in scores]
+        try:
+            masks = [mask(i, name, (photo.shape[0], photo.shape[1])) for name in scores]
+        except InputError:  # files that are gone
+            continue
         gallery.add(i, [photo, *masks, *truth(gallery, i)], f"{100 * iou:.0f} %")
-    return gallery if worst else None
+    return gallery if gallery.rows else None

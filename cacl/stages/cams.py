@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
 
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
@@ -24,16 +24,17 @@ from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
 from cacl.camnet import CAMNet
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
-from cacl.errors import expected
+from cacl.errors import expected, quoted
 from cacl.images import Mask
 from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
 from cacl.prompts import ORIGAMI, PromptSet
-from cacl.seeds import SEEDS, check_seeds, differences, hold_to_tags, state_of
+from cacl.seeds import SEEDS, check_outside, check_seeds, hold_to_tags, state_of
 from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table
 from cacl.stages.dense import clip_es_of, make_dense_cams
+from cacl.stages.differences import differences
 from cacl.stages.levels import own_scores
 from cacl.stages.score import Point, Score, rounded
 from cacl.stages.stage import Context, Judged, Stage
@@ -64,6 +65,19 @@ class CAMs(Table):
     background_score: Annotated[Share | Literal["auto"], Mark.EVALUATION] = "auto"
     """A pixel whose largest value is not above this is background where CAMs are scored and shown; ``"auto"`` is what
     the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _is_a_name_or_a_folder(cls, source: Any) -> Any:
+        if not isinstance(source, str | Path) or not str(source):
+            raise ValueError(f'expected "cacl", "clip" or the path of a folder, but got {quoted(source)}')
+        return source
+
+    @model_validator(mode="after")
+    def _has_what_to_compare(self) -> CAMs:
+        if self.compare and self.source == "cacl":
+            raise ValueError("compare: expected another source than 'cacl' to compare its CAMs with")
+        return self
 
 
 def make_cams(
@@ -195,6 +209,8 @@ def _run(run: Context, settings: CAMs, folder: Path, journal: Journal) -> None:
     made, own, record = folder / "train", folder / "cacl", {}
     if settings.source == "cacl":
         make_cams(camnet(run, "cacl"), run.train, made, settings, machine=run.machine, keep=True)
+        if rank() == 0:
+            (folder / SEEDS).unlink(missing_ok=True)
         return
     if settings.source == "clip":
         make_dense_cams(
@@ -207,7 +223,8 @@ def _run(run: Context, settings: CAMs, folder: Path, journal: Journal) -> None:
             logger.warning("%s: %s", settings.source, held)
     if settings.compare:
         make_cams(camnet(run, "cacl"), run.train, own, settings, machine=run.machine, keep=True)
-        scores = [own_scores(run.train, each).middle for each in (made, own)]
+        known = settings.background_score
+        scores = [own_scores(run.train, each).middle if known == "auto" else known for each in (made, own)]
         record |= differences(run.train, made, own, scores[0], scores[1], machine=run.machine)
     if rank() == 0:
         write_json(folder / SEEDS, record)
@@ -233,6 +250,7 @@ def _check(run: Context, settings: CAMs) -> None:
         clip_es_of(run, settings.template, settings.words)(torch.zeros(3, 32, 32, device=run.machine.device), [0])
     elif settings.source != "cacl":
         check_seeds(run.train, settings.source)
+        check_outside(settings.source, run.folder("cams").parent)
 
 
 NAMES = {"cacl": "CAM", "clip": "CLIP-ES"}
@@ -269,7 +287,7 @@ STAGE = Stage(
     spares=lambda settings: () if settings.source == "cacl" else ("warmup", "cacl"),
     brought=lambda settings: settings.source not in ("cacl", "clip") and not settings.compare,
     files=("train", "cacl"),
-    uses=("encoder",),
+    also_uses=lambda settings: ("encoder",) if settings.source == "clip" else (),
     depends=_depends,
     check=_check,
     scored_on="train",

@@ -66,7 +66,7 @@ def needed(chain: Sequence[Stage[Any]], settings: Callable[[Stage[Any]], Any]) -
     asked: set[str] = set()
     for stage in reversed(chain):
         names = {stage.name, *stage.stands_for}
-        if asked & names or not (stage.on_demand or stage.name in spared):
+        if asked & names or not (stage.on_demand or spared & names):
             kept.append(stage)
             asked |= {*stage.needs, *stage.also_needs(settings(stage))}
     return tuple(reversed(kept))

@@ -26,7 +26,7 @@ from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate, spread
-from cacl.seeds import check_seeds, state_of
+from cacl.seeds import check_outside, check_seeds, state_of
 from cacl.settings import CRF, Count, Machine, Mark, Radius, Share, Sigma, Table, Weight
 from cacl.stages.cams import cam_score
 from cacl.stages.irn import irnet
@@ -226,13 +226,14 @@ def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None
 
 def _depends(run: Context, settings: Masks) -> tuple[object, ...]:
     backend, regions = check_backend(run.machine.crf), settings.regions
-    return (backend,) if regions is None else (backend, state_of(run.train, regions))
+    return (backend,) if regions is None else (backend, state_of(run.train, regions, (".png",)))
 
 
 def _check(run: Context, settings: Masks) -> None:
     check_backend(run.machine.crf)
     if settings.regions is not None:
         check_seeds(run.train, settings.regions, "regions", (".png",))
+        check_outside(settings.regions, run.folder("masks").parent)
 
 
 STAGE = Stage(

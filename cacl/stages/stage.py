@@ -156,6 +156,8 @@ class Stage(Generic[S]):
     """Stages that it takes the place of, for those after it: in their stead, or between them and whoever needs them."""
     uses: tuple[str, ...] = ()
     """What it takes from :meth:`Context.shared`, and ``"encoder"``: freed when nobody who uses it is left."""
+    also_uses: Callable[[S], Sequence[str]] = lambda settings: ()
+    """What it takes from there with some settings only."""
     depends: Callable[[Context, S], Sequence[object]] = _nothing
     """What its result follows from besides its settings and the stages that it needs."""
     version: int = 1

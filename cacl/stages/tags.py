@@ -203,6 +203,7 @@ STAGE = Stage(
     run=_run,
     title="tags",
     on_demand=True,
+    brought=lambda settings: True,
     uses=("encoder",),
     depends=lambda run, settings: (run.table(Encoder), run.identity("encoder"), run.table(Prompts)),
     check=_check,
