@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import statistics
@@ -17,13 +15,13 @@ from torch import nn
 from cacl import methods_table, pipeline
 from cacl._support.checks import check_choice, check_positive
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero
-from cacl._support.files import locked, write_text
+from cacl._support.files import locked
 from cacl._support.surroundings import training_alone
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.log import Callback
-from cacl.methods_table import deviation, fork, seconds_a_step, spread, warmed_up
+from cacl.methods_table import deviation, fork, seconds_a_step, spread, warmed_up, write_table
 from cacl.paper_tables import TABLES, TITLES, Variant, folders, variants
 from cacl.runs.session import Session
 from cacl.stages.contrast import CACL, backgrounds
@@ -173,7 +171,4 @@ def _write(
         "of PASCAL VOC.",
         "",
     ]
-    write_text(path.with_suffix(".md"), "\n".join(text))
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(cells)
-    write_text(path.with_suffix(".csv"), buffer.getvalue())
+    write_table(path, text, cells)

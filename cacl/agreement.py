@@ -8,12 +8,11 @@ something ends in the photo, and hardly mind what is left out. Together they ran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import sqrt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
@@ -149,7 +148,7 @@ class MaskJudge:
         hard = (masks[image_index] == class_index[:, None, None] + 1)[:, None].to(images.dtype)
         seen = (images * scale + shift)[image_index]
         regions = split_regions(seen, hard, torch.ones(pairs, 1, device="cpu"), size=size).foreground
-        with evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext():
+        with evaluating(self.encoder):
             answer: object = self.encoder.encode_image(regions)
         features = check_image_features(answer, regions, self._text.shape[2])[:, None]
         text, words = (texts.to(images.device)[class_index] for texts in (self._text, self._words))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ class ImageCAMs(NamedTuple):
             return self
         maps = self.maps * levels[self.classes].astype(np.float32)[:, None, None]
         return ImageCAMs(self.classes, maps.astype(np.float16))
+
+
+def map_size(size: Sequence[int]) -> tuple[int, int]:
+    """``(H, W)`` of an image -> ``(⌈H/4⌉, ⌈W/4⌉)`` of its CAMs."""
+    return -(-size[0] // 4), -(-size[1] // 4)
 
 
 def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.answers import check_dense_features, check_encoder, statistics_of
@@ -110,7 +109,7 @@ class CLIPES:
 
     def _cams(self, image: Tensor, classes: list[int]) -> Tensor:
         photo = self._photo(image)
-        with evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext():
+        with evaluating(self.encoder):
             answer: object = self.encoder.encode_dense(photo)
         seen = check_dense_features(answer, photo, self._class_text.shape[1])
         words = sorted({word for k in classes for word in self._words[k]})

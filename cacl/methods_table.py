@@ -51,6 +51,9 @@ _MEASURED: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], float | None]]
 )
 """Of a trial: name in the CSV, name in the table, where it stands in ``metrics.json``."""
 
+_LOSS = ("alpha", "background_weight", "beta", "gamma")
+"""The weights of ``[cacl]`` that mean something else with every method."""
+
 
 class Trial(NamedTuple):
     """What one row gave with one seed."""
@@ -87,10 +90,6 @@ def variants(config: Config, given: Mapping[str, Mapping[str, Any]] | None = Non
         rows.append(Variant(METHODS[method], {"cacl": own}, None))
     rows.append(Variant(METHODS["cacl"], {"cacl": given["cacl"]} if given.get("cacl") else {}, None))
     return rows
-
-
-_LOSS = ("alpha", "background_weight", "beta", "gamma")
-"""The weights of ``[cacl]`` that mean something else with every method."""
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -219,10 +218,7 @@ def write(path: Path, rows: Mapping[str, Sequence[Trial]], problem: str) -> None
         cells.append([name, *numbers, "" if step is None else f"{step:.4f}", str(len(trials)), LEFT_OUT[name]])
     text += ["", _conditions(next(trials[-1] for trials in rows.values() if trials), seeds)]
     text += ["", f"CLIP-ES is missing: {problem}", ""] if problem else [""]
-    write_text(path.with_suffix(".md"), "\n".join(text))
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(cells)
-    write_text(path.with_suffix(".csv"), buffer.getvalue())
+    write_table(path, text, cells)
     _draw(path.with_suffix(".png"), rows)
 
 
@@ -260,6 +256,14 @@ def _values(trials: Iterable[Trial], read: Callable[[Mapping[str, Any]], float |
 def _at(record: Mapping[str, Any], name: str) -> float | None:
     point = record.get(name)
     return point["miou"] if point else None
+
+
+def write_table(path: Path, lines: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Lines of Markdown and cells of CSV, in files of one name beside each other."""
+    write_text(path.with_suffix(".md"), "\n".join(lines))
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(cells)
+    write_text(path.with_suffix(".csv"), buffer.getvalue())
 
 
 def spread(values: Iterable[float], scale: float = 100) -> str:

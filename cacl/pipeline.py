@@ -254,7 +254,7 @@ def _do(session: Session, number: int, *, resume: bool, callback: Callback | Non
     state = rank_zero(lambda: _begin(session, number, resume=resume))
     if not state.finished:
         session.release(
-            {*stage.uses, *stage.also_uses(session.settings(stage)), *(SHARED if stage.judged else ())}
+            {*stage.used(session.settings(stage)), *(SHARED if stage.judged else ())}
         )  # what was made to check settings, and what those before it had
         seconds = session.config.run.checkpoint_seconds
         journal = Journal(files.checkpoint(name), key, files.log, callback, seconds, name)

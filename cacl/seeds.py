@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cacl._support.distributed import barrier, shard, unshard
 from cacl._support.pool import map_processes
 from cacl._support.progress import watched
-from cacl.artifacts import ImageCAMs, load_cams, save_cams
+from cacl.artifacts import ImageCAMs, load_cams, map_size, save_cams
 from cacl.constants import IGNORE
 from cacl.datasets import Dataset
 from cacl.errors import InputError, shown
@@ -122,7 +122,7 @@ def read_seeds(dataset: Dataset, folder: Path, index: int) -> tuple[ImageCAMs, F
     """
     entry, count = dataset.entries[index], len(dataset.classes)
     height, width = dataset.image(index).shape[1:]
-    size = (-(-height // 4), -(-width // 4))
+    size = map_size((height, width))
     path = folder / f"{entry.id}.npz"
     if not path.is_file():
         path = folder / f"{entry.id}.png"

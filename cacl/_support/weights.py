@@ -187,10 +187,12 @@ def are_finite(modules: Mapping[str, nn.Module]) -> bool:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every submodule's own mode put back afterwards."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
+def evaluating(thing: object) -> Iterator[None]:
+    """Evaluation mode, and every submodule's own mode put back afterwards; nothing of what is no module."""
+    modes: dict[nn.Module, bool] = {}
+    if isinstance(thing, nn.Module):
+        modes = {child: child.training for child in thing.modules()}
+        thing.eval()
     try:
         yield
     finally:

@@ -61,9 +61,7 @@ def evaluate(session: Session, stage: Stage[Any]) -> None:
 def _words(session: Session) -> BackgroundSet | None:
     """The background words to judge masks with; None where there are none, or no encoder that the run has anyway."""
     stages = needed(session.chain, session.settings)
-    used = session.given_criterion is None and any(
-        "encoder" in (*stage.uses, *stage.also_uses(session.settings(stage))) for stage in stages
-    )
+    used = session.given_criterion is None and any("encoder" in stage.used(session.settings(stage)) for stage in stages)
     if session.given_encoder is None and not used:
         return None
     try:

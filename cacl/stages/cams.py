@@ -20,7 +20,7 @@ from cacl._support.files import write_json
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.weights import save_state
-from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
+from cacl.artifacts import ImageCAMs, cams_of, map_size, save_cams, to_make
 from cacl.camnet import CAMNet
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
@@ -122,7 +122,7 @@ def predict_cams(
     images = load_images(dataset, indices, machine.workers, pinned=machine.on_gpu)
     for index, image in watched(images, total=len(indices), desc=desc, progress=machine.progress):
         classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64, device="cpu")
-        size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
+        size = map_size(image.shape[1:])
         photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
         maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]
         yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())

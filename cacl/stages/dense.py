@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cacl._support.distributed import barrier
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
-from cacl.artifacts import ImageCAMs, save_cams, to_make
+from cacl.artifacts import ImageCAMs, map_size, save_cams, to_make
 from cacl.clip_es import CLIPES, SHARED_WORDS
 from cacl.datasets import Dataset
 from cacl.loading import load_images
@@ -31,7 +31,7 @@ def make_dense_cams(
         for index, image in watched(images, total=len(wanted), desc="CLIP-ES", progress=machine.progress):
             labels = dataset.entries[index].labels
             maps = seeds(image.to(machine.device, non_blocking=True), labels)
-            size = (-(-image.shape[1] // 4), -(-image.shape[2] // 4))
+            size = map_size(image.shape[1:])
             if len(maps):
                 maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
             cams = ImageCAMs(np.array(labels, dtype=np.int64), maps.reshape(-1, *size).half().cpu().numpy())

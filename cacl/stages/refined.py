@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def write_labels(
         ValueError: if a file is missing or broken.
     """
     wanted = to_make(dataset, out, ".png", keep=keep)
-    task = _Mining(dataset, cams, out, labels, levels, regions, crf.arguments(machine))
+    task = _Writing(_Drawing(dataset, cams, labels, levels, regions, crf.arguments(machine)), out)
     with barrier():
         for _ in _done(task, wanted, machine, desc):
             pass
@@ -87,7 +88,8 @@ def refine_cams(
         regions: folder of proposals that the masks are snapped to (see :func:`cacl.mining.snap`), if any.
         machine: where it is computed.
     """
-    task = _Refining(dataset, cams, background_score, levels, regions, settings.arguments(machine))
+    refined = partial(_refined, score=background_score)
+    task = _Drawing(dataset, cams, refined, levels, regions, settings.arguments(machine))
     return zip(indices, _done(task, indices, machine, "CRF"), strict=True)
 
 
@@ -123,32 +125,12 @@ def _done(task: Any, indices: Sequence[int], machine: Machine, desc: str) -> Ite
 
 
 @dataclass(frozen=True)
-class _Mining:
-    """index -> nothing; writes the image's mined labels."""
+class _Drawing:
+    """index -> the labels of the image's CAMs."""
 
     dataset: Dataset
     cams: Path
-    out: Path
     labels: Callable[..., Mask]
-    levels: NDArray[np.floating] | None
-    regions: Path | None
-    crf: CRFArguments
-
-    def __call__(self, index: int) -> None:
-        photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
-        with _naming(self.dataset, index):
-            labels = self.labels(photo, cams.classes, cams.maps, **self.crf)
-            labels = snapped(self.dataset, index, labels, self.regions)
-        save_mask(self.out / f"{self.dataset.entries[index].id}.png", labels)
-
-
-@dataclass(frozen=True)
-class _Refining:
-    """index -> the mask of the image's CAMs after a CRF."""
-
-    dataset: Dataset
-    cams: Path
-    score: float
     levels: NDArray[np.floating] | None
     regions: Path | None
     crf: CRFArguments
@@ -156,8 +138,28 @@ class _Refining:
     def __call__(self, index: int) -> Mask:
         photo, cams = _photo(self.dataset, index), cams_of(self.dataset, self.cams, index).levelled(self.levels)
         with _naming(self.dataset, index):
-            mask = refine_maps(photo, cams.classes, cams.maps, [self.score], **self.crf)[0]
-            return snapped(self.dataset, index, mask, self.regions)
+            labels = self.labels(photo, cams.classes, cams.maps, **self.crf)
+            return snapped(self.dataset, index, labels, self.regions)
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """index -> nothing; writes the labels of the image's CAMs."""
+
+    drawing: _Drawing
+    out: Path
+
+    def __call__(self, index: int) -> None:
+        labels = self.drawing(index)
+        save_mask(self.out / f"{self.drawing.dataset.entries[index].id}.png", labels)
+
+
+def _refined(
+    photo: NDArray[np.uint8], classes: NDArray[np.int64], maps: NDArray[np.float16], *, score: float, **crf: Any
+) -> Mask:
+    """The mask of CAMs after a CRF at one background score."""
+    mask: Mask = refine_maps(photo, classes, maps, [score], **crf)[0]
+    return mask
 
 
 @contextmanager

@@ -184,6 +184,10 @@ class Stage(Generic[S]):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
+    def used(self, settings: S) -> set[str]:
+        """What it takes from :meth:`Context.shared`, with some settings."""
+        return {*self.uses, *self.also_uses(settings)}
+
     def titled(self, settings: S) -> str:
         """What people call it, with some settings."""
         return self.title(settings) if callable(self.title) else self.title

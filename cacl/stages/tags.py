@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as views
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
@@ -91,7 +90,7 @@ def _encode(encoder: ImageTextEncoder, square: Tensor, width: int, machine: Mach
     """``(3, side, side)`` uint8 on the CPU -> ``(D,)``."""
     mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in statistics_of(encoder))
     images = ((square / 255 - mean) / std)[None].to(machine.device, non_blocking=True)
-    with torch.no_grad(), evaluating(encoder) if isinstance(encoder, nn.Module) else nullcontext():
+    with torch.no_grad(), evaluating(encoder):
         answer: object = encoder.encode_image(images)
     return check_image_features(answer, images, width)[0]
 
