@@ -24,8 +24,9 @@ from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.metrics import ConfusionMatrix
 from cacl.runs.session import Session
-from cacl.stages.predict import Predict, evaluate_segmenter, trained_tagger
-from cacl.stages.segment import Segment, new_segmenter, train_segmenter
+from cacl.stages.predict import evaluate_segmenter, trained_tagger
+from cacl.stages.segment import new_segmenter, train_segmenter
+from cacl.tables import Predict, Segment
 
 
 def write_truth(dataset: Dataset, out: Path) -> None:

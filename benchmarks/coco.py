@@ -44,7 +44,8 @@ from cacl.datasets.entries import Entry
 from cacl.log import Callback, Journal
 from cacl.prompts import BackgroundSet
 from cacl.settings import Machine
-from cacl.stages.warmup import Warmup, train_classifier
+from cacl.stages.warmup import train_classifier
+from cacl.tables import Warmup
 
 NAMES = tuple(BackgroundSet.coco())
 IDS = [id for id in range(1, 91) if id not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

@@ -23,7 +23,8 @@ from cacl.ablate import spread
 from cacl.config import Config
 from cacl.pictures import threshold
 from cacl.runs.session import Session
-from cacl.stages.cams import CAMs, camnet, predict_cams
+from cacl.stages.cams import camnet, predict_cams
+from cacl.tables import CAMs
 
 STAGES = ("warmup", "cacl")
 

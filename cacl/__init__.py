@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-from cacl.camnet import CAMNet, CAMOutput
-from cacl.criterion import CACLLoss, CACLTerms
-from cacl.encoders import ImageTextEncoder, load_encoder
-from cacl.losses import (
-    BGSuppressionLoss,
-    ITCLoss,
-    RegionLoss,
-    bg_suppression_loss,
-    itc_loss,
-    region_loss,
-)
-from cacl.matching import ContrastLoss, MatchingLoss, contrast_loss, matching_loss
-from cacl.prompts import DEFAULT_TEMPLATES, BackgroundSet, PromptSet
-from cacl.regions import Regions, present_pairs, split_regions
-from cacl.selector import ContextSelector, Selection
+from cacl._support.lazy import names_of
 
 if TYPE_CHECKING:
     from cacl import pipeline
+    from cacl.camnet import CAMNet, CAMOutput
+    from cacl.criterion import CACLLoss, CACLTerms
+    from cacl.encoders import ImageTextEncoder, load_encoder
+    from cacl.losses import BGSuppressionLoss, ITCLoss, RegionLoss, bg_suppression_loss, itc_loss, region_loss
+    from cacl.matching import ContrastLoss, MatchingLoss, contrast_loss, matching_loss
+    from cacl.prompts import DEFAULT_TEMPLATES, BackgroundSet, PromptSet
+    from cacl.regions import Regions, present_pairs, split_regions
+    from cacl.selector import ContextSelector, Selection
+else:  # nothing before somebody asks for it: `cacl --help` does not wait for torch, nor a loss for torchvision
+    __getattr__, __dir__ = names_of(
+        __name__,
+        camnet="CAMNet CAMOutput",
+        criterion="CACLLoss CACLTerms",
+        encoders="ImageTextEncoder load_encoder",
+        losses="BGSuppressionLoss ITCLoss RegionLoss bg_suppression_loss itc_loss region_loss",
+        matching="ContrastLoss MatchingLoss contrast_loss matching_loss",
+        prompts="DEFAULT_TEMPLATES BackgroundSet PromptSet",
+        regions="Regions present_pairs split_regions",
+        selector="ContextSelector Selection",
+    )
 
 __version__ = "0.1.0"
 
@@ -53,10 +58,3 @@ __all__ = [
     "region_loss",
     "split_regions",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # The pipeline brings pydantic and torchvision; whoever only wants a loss does not wait for them.
-    if name == "pipeline":
-        return importlib.import_module("cacl.pipeline")
-    raise AttributeError(f"module 'cacl' has no attribute {name!r}")

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cacl import methods_table, pipeline
-from cacl._support.checks import check_choice, check_positive
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero
 from cacl._support.files import locked
 from cacl._support.surroundings import training_alone
+from cacl._support.values import check_choice, check_positive
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
@@ -24,8 +24,8 @@ from cacl.log import Callback
 from cacl.methods_table import deviation, fork, seconds_a_step, spread, warmed_up, write_table
 from cacl.paper_tables import TABLES, TITLES, Variant, folders, variants
 from cacl.runs.session import Session
-from cacl.stages.contrast import CACL, backgrounds
-from cacl.stages.warmup import Warmup
+from cacl.stages.contrast import backgrounds
+from cacl.tables import CACL, Warmup
 
 logger = logging.getLogger("cacl")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
-from cacl._support.checks import check_labels, check_tensor, check_words, kind_of, shape
+from cacl._support.checks import check_labels, check_tensor, kind_of, shape
 from cacl._support.features import cosine, full, renormalisation
+from cacl._support.values import check_words
 from cacl._support.weights import evaluating
 from cacl.constants import IGNORE
 from cacl.criterion import check_texts

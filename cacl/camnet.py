@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
-from cacl._support.checks import as_array, as_indices, check_choice, check_positive, check_tensor
+from cacl._support.checks import as_array, as_indices, check_tensor
+from cacl._support.values import check_choice, check_positive
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.errors import expected

@@ -15,7 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import cacl
-from cacl._support.distributed import is_first
+from cacl._support.launch import is_first
+from cacl._support.values import check_choice
 from cacl.errors import ElsewhereError, InputError, NotFiniteError, shown
 
 if TYPE_CHECKING:
@@ -85,28 +86,24 @@ def _terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _config(options: argparse.Namespace, source: str) -> Config:
     """What all processes read, and one complains about."""
     from cacl.config import Config
 
     quiet = [] if options.progress else ["run.progress=false"]
     try:
-        return Config.load(options.config, [*options.set, *quiet], chain=_chain(options))
+        return Config.load(source, [*options.set, *quiet], chain=options.chain)
     except InputError as error:
         raise error if is_first() else ElsewhereError(str(error)) from None
 
 
-def _chain(options: argparse.Namespace) -> Chain:
-    from cacl.stages.chain import CHAIN, check_chain
-
-    return CHAIN if options.chain is None else check_chain(options.chain)
-
-
 def _run(options: argparse.Namespace) -> int:
+    config = _config(options, options.config)
+    stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
+    for name in stages or ():
+        check_choice("stages", name, config.stages)
     from cacl import pipeline
 
-    config = _config(options)
-    stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
     if options.dry_run:
         print(config.to_toml())
         print("\n".join(pipeline.plan(config, stages, resume=not options.restart)))
@@ -150,7 +147,7 @@ def _report(options: argparse.Namespace) -> int:
 
     path = report(
         options.run, options.out, ablation=options.ablation, device=options.device, progress=options.progress,
-        chain=_chain(options),
+        chain=options.chain,
     )  # fmt: skip
     print(f"report: {path}")
     return 0
@@ -176,13 +173,16 @@ def _export_voc(options: argparse.Namespace) -> int:
 
 
 def _ablate(options: argparse.Namespace) -> int:
-    from cacl import ablate, methods_table
+    from cacl.config import split_overrides
 
-    options.set, methods = methods_table.split_overrides(options.set)
-    config = _config(options)
+    options.set, methods = split_overrides(options.set)
+    config = _config(options, options.config)
+    from cacl import ablate
+
     config = config.changed({"run": {"out": config.run.out.with_name(f"{config.run.out.name}-ablation")}})
-    tables = [name.strip() for name in options.tables.split(",")]
-    paths = ablate.run(config, tables=tables, seeds=options.seeds, methods=methods)
+    paths = ablate.run(
+        config, tables=[name.strip() for name in options.tables.split(",")], seeds=options.seeds, methods=methods
+    )
     for path in paths if is_first() else ():
         print(path.read_text(encoding="utf-8"))
         print(f"table: {path}, {path.with_suffix('.csv')}")
@@ -190,15 +190,14 @@ def _ablate(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from cacl.config import Config
+    path = Path(options.path)
+    config = None if path.is_dir() else _config(options, options.path)
     from cacl.datasets.checking import NOTE, check_folder
     from cacl.runs.checking import check_config
 
-    path = Path(options.path)
-    if path.is_dir():
+    if config is None:
         lines = check_folder(path, range=options.range, progress=options.progress)
     else:
-        config = Config.load(options.path, options.set, chain=_chain(options))
         if options.range:
             config = config.changed({"data": {"range": options.range}})
         lines = check_config(config, progress=options.progress)

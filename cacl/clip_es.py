@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.answers import check_dense_features, check_encoder, statistics_of
-from cacl._support.checks import check_positive, check_range, check_tensor, check_words, shape
+from cacl._support.checks import check_tensor, shape
 from cacl._support.features import cosine, full, renormalisation, unit
 from cacl._support.names import plain
+from cacl._support.values import check_positive, check_range, check_words
 from cacl._support.weights import evaluating
 from cacl.encoders import DenseEncoder
 from cacl.errors import InputError, expected

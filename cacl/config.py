@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
@@ -14,13 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union, get_args, get_o
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from cacl._support.files import check_working_folder
+from cacl._support.names import check_working_folder
+from cacl._support.toml import merged, parse_overrides, read_toml, toml_value
 from cacl.datasets import FORMATS
 from cacl.errors import InputError, did_you_mean, quoted, shown
 from cacl.settings import Backgrounds, CAMNetwork, Data, Encoder, Mark, Prompts, Report, Run, Scenes, Table
-from cacl.stages.chain import CHAIN, Chain, check_chain
-from cacl.stages.predict import Predict
-from cacl.stages.stage import Stage
+from cacl.tables import METHODS, TABLES, Predict
+
+if TYPE_CHECKING:
+    from cacl.stages.chain import Chain
 
 PRESETS = ("voc", "coco", "own", "scenes")
 _ASSETS = Path(__file__).with_name("assets")
@@ -39,8 +39,8 @@ class Config(Table):
     backgrounds: Backgrounds = Backgrounds()
     camnet: CAMNetwork = CAMNetwork()
 
-    chain: ClassVar[Chain] = ()
-    """The stages whose tables it has."""
+    given_chain: ClassVar[Chain | None] = None
+    """The stages whose tables it has; None for those of CA-CL."""
 
     if TYPE_CHECKING:
 
@@ -49,15 +49,28 @@ class Config(Table):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Config:
         """One with the tables of CA-CL's stages, where it is asked for without others."""
-        return super().__new__(config_class(CHAIN) if cls is Config else cls)
+        return super().__new__(config_class() if cls is Config else cls)
 
     @classmethod
     def model_validate(cls, obj: Any) -> Config:  # type: ignore[override]
-        return config_class(CHAIN).model_validate(obj) if cls is Config else super().model_validate(obj)
+        return config_class().model_validate(obj) if cls is Config else super().model_validate(obj)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        given = _merge(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})
-        return _again, (None if self.chain is CHAIN else self.chain, given)
+        given = merged(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})
+        return _again, (self.given_chain, given)
+
+    @property
+    def chain(self) -> Chain:
+        """The stages whose tables it has."""
+        from cacl.stages.chain import CHAIN
+
+        return CHAIN if self.given_chain is None else self.given_chain
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of its stages, the report's with them."""
+        own = TABLES if self.given_chain is None else (stage.name for stage in self.given_chain)
+        return [*own, "report"]
 
     def table(self, kind: type[T]) -> T:
         """The settings of a kind: those of the table that has them, or the defaults where no stage does."""
@@ -66,7 +79,7 @@ class Config(Table):
         return next(iter([*same, *(table for table in tables if isinstance(table, kind))]), None) or kind()
 
     @classmethod
-    def load(cls, source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain = CHAIN) -> Config:
+    def load(cls, source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain | None = None) -> Config:
         """Read a preset (``"voc"``, ``"coco"``, ``"scenes"``) or a TOML file.
 
         A file may name the preset that it builds on in a top-level key ``base``. Its relative paths are taken from
@@ -75,7 +88,7 @@ class Config(Table):
         Args:
             source: the preset's name or the file's path.
             overrides: ``"table.key=value"``, the value as in TOML; what is no TOML value is a string.
-            chain: whose stages have a table each; what a preset says of others is left out.
+            chain: whose stages have a table each, CA-CL's by default; what a preset says of others is left out.
 
         Raises:
             ValueError: one line that names file, table and key.
@@ -83,14 +96,14 @@ class Config(Table):
         check_working_folder()
         name, kind = str(source), config_class(chain)
         tables = _preset(name, kind) if name in PRESETS else _file(Path(name), kind)
-        config = _validated(kind, _merge(tables, absolute(parse_overrides(overrides), Path.cwd(), kind)), name)
+        config = _validated(kind, merged(tables, absolute(parse_overrides(overrides), Path.cwd(), kind)), name)
         own = name not in PRESETS and Path(name).absolute() == config.run.out.absolute() / "config.toml"
         if own and not _is_of_run(Path(name), config):
             raise InputError(f"{shown(source)}: [run] out: expected another folder: this file would be overwritten")
         return config
 
     @classmethod
-    def of_run(cls, run: Path, *, chain: Chain = CHAIN) -> Config:
+    def of_run(cls, run: Path, *, chain: Chain | None = None) -> Config:
         """The configuration of a run folder, also of one that was moved or that an older version wrote.
 
         Tables of stages that are not in ``chain`` are left out.
@@ -112,9 +125,9 @@ class Config(Table):
         """
         path = run / "config.toml"
         try:
-            return kind.model_validate(_toml(path).get(name, {}))
+            return kind.model_validate(read_toml(path, PRESETS).get(name, {}))
         except ValidationError as error:
-            lines = [_line(config_class(CHAIN), {**e, "loc": (name, *e["loc"])}) for e in error.errors()]
+            lines = [_line(config_class(), {**e, "loc": (name, *e["loc"])}) for e in error.errors()]
             raise InputError("\n".join(f"{shown(path)}: {line}" for line in lines)) from None
 
     @property
@@ -127,8 +140,8 @@ class Config(Table):
 
     def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Config:
         """A copy with other values, table -> key -> value."""
-        given = _merge(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})  # not of another folder now
-        return type(self).model_validate(_merge(given, changes))
+        given = merged(self.model_dump(exclude_unset=True), {"run": {"out": self.run.out}})  # not of another folder now
+        return type(self).model_validate(merged(given, changes))
 
     def to_toml(self, folder: Path | None = None) -> str:
         """The configuration as TOML; loads back to an equal one.
@@ -148,18 +161,18 @@ class Config(Table):
         for name, table in tables.items():
             chosen = getattr(self, name).chosen
             known = ((key, value) for key, value in table.items() if value is not None)
-            lines += [f"[{name}]", *(f"{'# ' * (k in chosen)}{k} = {_value(v)}" for k, v in known), ""]
+            lines += [f"[{name}]", *(f"{'# ' * (k in chosen)}{k} = {toml_value(v)}" for k, v in known), ""]
         return "\n".join(lines)
 
 
 def _again(chain: Chain | None, given: dict[str, Any]) -> Config:
-    return config_class(CHAIN if chain is None else chain).model_validate(given)
+    return config_class(chain).model_validate(given)
 
 
 def _is_of_run(path: Path, config: Config) -> bool:
     """Whether a file is what a run wrote for these settings; how much of it is shown changes nothing."""
     tables = _file(path, type(config))
-    whole = set(_toml(path)) == set(type(config).model_fields)  # else a user wrote it
+    whole = set(read_toml(path, PRESETS)) == set(type(config).model_fields)  # else a user wrote it
     return whole and _validated(type(config), tables, str(path)) == config.changed({"run": {"progress": True}})
 
 
@@ -170,20 +183,24 @@ def _validated(kind: type[Config], tables: Mapping[str, Any], source: str) -> Co
         raise InputError("\n".join(f"{shown(source)}: {_line(kind, e)}" for e in error.errors())) from None
 
 
-def config_class(chain: Sequence[Stage[Any]]) -> type[Config]:
-    """The configuration with a table for every stage of a chain, and for the report."""
-    return _config_class(check_chain(chain))
+def config_class(chain: Chain | None = None) -> type[Config]:
+    """The configuration with a table for every stage of a chain, CA-CL's by default, and for the report."""
+    if chain is not None:
+        from cacl.stages.chain import CHAIN, check_chain
+
+        chain = None if tuple(chain) == CHAIN else check_chain(chain)
+    return _config_class(chain)
 
 
 @cache
-def _config_class(chain: Chain) -> type[Config]:
-    tables: dict[str, Any] = {stage.name: stage.settings for stage in chain}
+def _config_class(chain: Chain | None) -> type[Config]:
+    tables: dict[str, Any] = dict(TABLES) if chain is None else {stage.name: stage.settings for stage in chain}
     if again := [name for name in tables if hasattr(Config, name) or name in (*Config.model_fields, "report", "base")]:
         raise InputError(f"Expected argument `chain` to hold stages of other names than [{again[0]}]'s.")
     tables["report"] = Report
     fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in tables.items()}
     made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, **fields)
-    made.chain = chain
+    made.given_chain = chain
     return made
 
 
@@ -207,7 +224,7 @@ def _paths(kind: type[Config]) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def _preset(name: str, kind: type[Config]) -> dict[str, Any]:
-    tables = absolute(_toml(_ASSETS / "presets" / f"{name}.toml"), Path.cwd(), kind)
+    tables = absolute(read_toml(_ASSETS / "presets" / f"{name}.toml"), Path.cwd(), kind)
     known: dict[str, set[str]] = {}
     for table, key, _ in _columns(kind):
         known.setdefault(table, set()).add(key)
@@ -215,47 +232,13 @@ def _preset(name: str, kind: type[Config]) -> dict[str, Any]:
 
 
 def _file(path: Path, kind: type[Config]) -> dict[str, Any]:
-    tables = absolute(_toml(path), path.absolute().parent, kind)
+    tables = absolute(read_toml(path, PRESETS), path.absolute().parent, kind)
     base = tables.pop("base", None)
     if base is None:
         return tables
     if base not in PRESETS:
         raise InputError(f"{shown(path)}: base: expected a preset ({', '.join(PRESETS)}), but got {quoted(base)}")
-    return _merge(_preset(base, kind), tables)
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        hint = f" and no preset ({', '.join(PRESETS)})" if len(path.parts) == 1 and not path.suffix else ""
-        raise InputError(f"{shown(path)}: no such file{hint}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
-        raise InputError(f"{shown(path)}: expected a TOML file, but {error}") from None
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``"table.key=value"`` -> table -> key -> value, as :meth:`Config.load` takes them."""
-    tables: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        table, dot, name = key.strip().partition(".")
-        if not equals or not dot:
-            raise InputError(f"Expected an override like cacl.epochs=3, but got {override!r}.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            value = text.strip()
-        tables.setdefault(table, {})[name] = value
-    return tables
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = {**merged[name], **value} if both else value
-    return merged
+    return merged(_preset(base, kind), tables)
 
 
 def absolute(tables: dict[str, Any], folder: Path, kind: type[Config]) -> dict[str, Any]:
@@ -271,6 +254,16 @@ def absolute(tables: dict[str, Any], folder: Path, kind: type[Config]) -> dict[s
         if (table, key) in paths or (Mark.FILE in setting.metadata and values[key] and path.is_file()):
             values[key] = str(path)  # else it is a name
     return tables
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Overrides of a configuration without those of one method, such as ``"pole.lr=0.001"``, and these by method."""
+    rivals = METHODS.keys() - {"cacl"}
+    own = [override for override in overrides if override.partition(".")[0].strip() in rivals]
+    given = parse_overrides(own)
+    kind = config_class()
+    known = {method: absolute({"cacl": keys}, Path.cwd(), kind)["cacl"] for method, keys in given.items()}
+    return [override for override in overrides if override not in own], known
 
 
 def _line(model: type[BaseModel], error: Any) -> str:
@@ -290,9 +283,3 @@ def _line(model: type[BaseModel], error: Any) -> str:
         message = error["msg"].removeprefix("Value error, ")
         return f"{name} {message}" if len(where) == 1 else f"{name}: {message}"
     return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, but got {quoted(error['input'])}"
-
-
-def _value(value: Any) -> str:
-    # JSON's strings, finite numbers, booleans and lists of them are TOML's, but for DEL; escaped, JSON writes what is
-    # outside of the 16-bit range as two halves, which TOML refuses.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

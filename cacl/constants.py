@@ -1,4 +1,4 @@
-"""Numbers that are the field's or a model's: statistics of images, mask values, the background score of reports."""
+"""Numbers that are the field's or a model's: statistics of images, mask values, scores, the CRF."""
 
 from __future__ import annotations
 
@@ -15,3 +15,15 @@ BACKGROUND_SCORE = 0.15
 Reduction = Literal["mean", "sum", "none"]
 """What becomes of the parts of a loss."""
 REDUCTIONS = ("mean", "sum", "none")
+Backend = Literal["auto", "pydensecrf", "torch"]
+"""Who computes a CRF."""
+GAUSSIAN = (3.0, 3.0)
+"""Smoothness in IRNet's label mining: standard deviation in pixels, weight."""
+BILATERAL = (50.0, 5.0, 10.0)
+"""Appearance in IRNet's label mining: standard deviations in pixels and in colour values, weight."""
+ITERATIONS = 10
+"""Of the CRF's mean field."""
+Range = tuple[float, float]
+"""What the values of deep images span, the lower one first."""
+STRENGTHS = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
+"""The penalties that the classifier of whole images chooses among, the strongest first."""

@@ -11,17 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._support.checks import as_array, check_choice, check_integer, check_range
+from cacl._support.checks import as_array
 from cacl._support.permutohedral import GaussianFilter
+from cacl._support.values import check_choice, check_integer, check_range
+from cacl.constants import BILATERAL, GAUSSIAN, ITERATIONS, Backend
 from cacl.errors import InputError, InputTypeError, expected
 
-Backend = Literal["auto", "pydensecrf", "torch"]
-GAUSSIAN = (3.0, 3.0)
-"""Smoothness in IRNet's label mining: standard deviation in pixels, weight."""
-BILATERAL = (50.0, 5.0, 10.0)
-"""Appearance in IRNet's label mining: standard deviations in pixels and in colour values, weight."""
-ITERATIONS = 10
-"""Of mean field."""
 _SMALLEST = 1e-5
 """No probability counts as less than this."""
 

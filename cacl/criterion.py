@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
-from cacl._support.checks import check_choice, check_labels, check_range, check_tensor, check_words, shape
+from cacl._support.checks import check_labels, check_tensor, shape
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, full, reduced, renormalisation
+from cacl._support.values import check_choice, check_range, check_words
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputTypeError, expected

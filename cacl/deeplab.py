@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
-from cacl._support.checks import check_positive, check_tensor, kind_of, shape
+from cacl._support.checks import check_tensor, kind_of, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import full
+from cacl._support.values import check_positive
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.constants import IGNORE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import threading
@@ -19,15 +18,14 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from cacl._support.pillow import opened, orientation
-from cacl.constants import IGNORE
-from cacl.errors import InputError, first_line, quoted, shown
+from cacl._support.values import check_span
+from cacl.constants import IGNORE, Range
+from cacl.errors import InputError, first_line, shown
 
 Pixels = NDArray[np.uint8]
 """A picture, ``(H, W, 3)``."""
 Mask = NDArray[np.uint8]
 """``(H, W)``: 0 background, k the k-th class from 1 on, 255 ignored."""
-Range = tuple[float, float]
-"""The values of a deep image (16 or 32 bits, floats) that are black and white."""
 
 
 def voc_colours(size: int = 256) -> Pixels:
@@ -74,7 +72,7 @@ def read_image(path: Path, range: Range | None = None) -> tv_tensors.Image:
             if deep values do not fit into that of their type, or fill so little of it that all would be nearly black.
     """
     if range is not None:
-        range = check_range(range, "range: ")
+        range = check_span(range, "range: ")
     with open_image(path) as file:
         depth = _depth(file)
         file.load()
@@ -116,15 +114,6 @@ def read_mask(path: Path) -> tv_tensors.Mask:
                 f"{wrong[0]:g}"
             )
     return tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)), device="cpu")
-
-
-def check_range(range: object, name: str = "") -> Range:
-    """What values may span: two finite numbers, the lower one first; else an error that names them."""
-    if isinstance(range, list | tuple) and len(range) == 2 and all(type(value) in (int, float) for value in range):
-        low, high = range
-        if math.isfinite(low) and math.isfinite(high) and low < high:
-            return low, high
-    raise InputError(f"{name}expected two numbers, the lower one first, such as [0, 4095], but got {quoted(range)}")
 
 
 class _Depth(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cacl._support.checks import check_choice, check_classes, check_range, check_same_shape, check_tensor, shape
+from cacl._support.checks import check_classes, check_same_shape, check_tensor, shape
 from cacl._support.distributed import all_reduce_sum, gather_rows, world_size
 from cacl._support.features import cosine, full, reduced
+from cacl._support.values import check_choice, check_range
 from cacl.constants import REDUCTIONS, Reduction
 from cacl.errors import InputTypeError, expected
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cacl._support.checks import check_choice, check_range, check_same_shape, check_tensor, shape
+from cacl._support.checks import check_same_shape, check_tensor, shape
 from cacl._support.features import cosine, reduced
+from cacl._support.values import check_choice, check_range
 from cacl.constants import REDUCTIONS, Reduction
 from cacl.errors import expected
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.answers import check_encoder
-from cacl._support.checks import check_range, check_words
 from cacl._support.distributed import world_size
 from cacl._support.features import cosine, reduced
 from cacl._support.names import plain
 from cacl._support.surroundings import building
+from cacl._support.values import check_range, check_words
 from cacl.criterion import EncodedRegions, RegionEncoder, check_texts
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError

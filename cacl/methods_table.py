@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cacl import pipeline
 from cacl._support.distributed import barrier, rank_zero
 from cacl._support.files import replacing, write_json, write_text
-from cacl.config import Config, absolute, config_class, parse_overrides
+from cacl.config import Config
 from cacl.errors import InputError, first_line
 from cacl.log import Log
 from cacl.paper_tables import Variant
@@ -25,9 +25,9 @@ from cacl.runs.folder import RunFolder
 from cacl.runs.results import Result
 from cacl.runs.session import Session
 from cacl.stages import cams
-from cacl.stages.cams import CAMs
-from cacl.stages.chain import CHAIN, needed
-from cacl.stages.contrast import CACL, METHODS, backgrounds
+from cacl.stages.chain import needed
+from cacl.stages.contrast import backgrounds
+from cacl.tables import CACL, METHODS, CAMs
 
 logger = logging.getLogger("cacl")
 
@@ -90,16 +90,6 @@ def variants(config: Config, given: Mapping[str, Mapping[str, Any]] | None = Non
         rows.append(Variant(METHODS[method], {"cacl": own}, None))
     rows.append(Variant(METHODS["cacl"], {"cacl": given["cacl"]} if given.get("cacl") else {}, None))
     return rows
-
-
-def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Overrides of a configuration without those of one method, such as ``"pole.lr=0.001"``, and these by method."""
-    rivals = METHODS.keys() - {"cacl"}
-    own = [override for override in overrides if override.partition(".")[0].strip() in rivals]
-    given = parse_overrides(own)
-    kind = config_class(CHAIN)
-    known = {method: absolute({"cacl": keys}, Path.cwd(), kind)["cacl"] for method, keys in given.items()}
-    return [override for override in overrides if override not in own], known
 
 
 def run(

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacl._support.checks import as_array, as_indices, check_positive
+from cacl._support.checks import as_array, as_indices
+from cacl._support.values import check_positive
 from cacl.constants import IGNORE
 from cacl.errors import InputError, InputTypeError, expected
 from cacl.thresholds import BINS, count_maxima, split_scores

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from cacl._support.checks import as_array, as_indices, check_range
-from cacl.constants import IGNORE
-from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, DenseCRF
+from cacl._support.checks import as_array, as_indices
+from cacl._support.values import check_range
+from cacl.constants import BILATERAL, GAUSSIAN, IGNORE, ITERATIONS, Backend
+from cacl.crf import DenseCRF
 from cacl.errors import expected
 
 SHARPNESS = 10.0

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as views
@@ -19,13 +18,15 @@ from cacl._support.loaders import load
 from cacl._support.pool import map_processes
 from cacl._support.progress import watched
 from cacl._support.surroundings import building
+from cacl._support.values import check_span
 from cacl._support.weights import evaluating, load_state, load_weights, save_state
-from cacl.constants import IGNORE
+from cacl.constants import IGNORE, Range
 from cacl.crf import dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError, expected
-from cacl.images import Mask, Pixels, Range, check_range, read_image
-from cacl.settings import CRF, CRFArguments, Machine, Sigma, Weight
+from cacl.images import Mask, Pixels, read_image
+from cacl.settings import CRFArguments, Machine
+from cacl.tables import Photos
 from cacl.tagger import weights_of
 from cacl.transforms import normalize
 
@@ -33,15 +34,6 @@ R = TypeVar("R")
 
 _PRESENT = 0.01
 """A class that is nowhere more probable than this is left out of the CRF, whose cost grows with their number."""
-
-
-class Photos(CRF):
-    """How masks of photos are made: how large they are seen, and the CRF on DeepLabV2's output of the public recipe."""
-
-    gaussian: tuple[Sigma, Weight] = (1.0, 3.0)
-    bilateral: tuple[Sigma, Sigma, Weight] = (67.0, 3.0, 4.0)
-    longest: Annotated[int, Field(ge=32, le=16384, strict=True)] = 1024
-    """Longer side in pixels of what the network and the CRF see; larger photos are scaled down to it."""
 
 
 class _Pair(NamedTuple):
@@ -90,7 +82,7 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
     load_weights(net, weights, path)
     segmenter = Segmenter(net.eval(), classes)
     if (span := state.get("range")) is not None:
-        segmenter.range = check_range(span, f"{path}: range: ")
+        segmenter.range = check_span(span, f"{path}: range: ")
     return segmenter
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cacl._support.checks import as_array, as_indices, check_range
+from cacl._support.checks import as_array, as_indices
+from cacl._support.values import check_range
 from cacl.constants import BACKGROUND_SCORE, IGNORE
 from cacl.errors import expected
 from cacl.images import VOC_COLOURS, Mask, Pixels

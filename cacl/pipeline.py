@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from cacl._support.answers import check_callable
-from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero, world_size
 from cacl._support.files import locked, read_json, write_json, write_text
 from cacl._support.surroundings import defaults_of, training_alone
+from cacl._support.values import check_choice
 from cacl.config import Config
 from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder

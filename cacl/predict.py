@@ -14,24 +14,25 @@ from PIL import Image
 from torch import nn
 
 from cacl._support.answers import check_encoder
-from cacl._support.checks import check_integer
 from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import find_device
 from cacl._support.files import replacing
 from cacl._support.names import without_ending
+from cacl._support.values import check_integer, check_span
 from cacl.artifacts import save_mask
 from cacl.config import Config
-from cacl.crf import Backend, check_backend
+from cacl.constants import Backend, Range
+from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError, shown
 from cacl.folders import find_photos
-from cacl.images import Mask, Pixels, Range, check_range
+from cacl.images import Mask, Pixels
 from cacl.photos import Segmenter, load_segmenter, segment_photos
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine
-from cacl.stages.predict import Predict
 from cacl.stages.tags import PhotoTagger, load_tagger
+from cacl.tables import Predict
 
 
 class Predicted(NamedTuple):
@@ -111,7 +112,7 @@ def predict(
     machine = Machine(
         device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
     )
-    span = segmenter.range if range is None else check_range(range, "range: ")
+    span = segmenter.range if range is None else check_span(range, "range: ")
     tagger = None
     if table.tags if tags is None else tags:
         tagger = _tagger(Path(model), encoder, machine)

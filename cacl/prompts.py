@@ -7,18 +7,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-import torch
-from torch import Tensor
-
-from cacl._support.answers import check_callable, check_text_features
-from cacl._support.checks import check_positive, check_words
-from cacl._support.features import unit
 from cacl._support.names import plain
+from cacl._support.values import check_positive, check_words
 from cacl._support.word_lists import load_words
 from cacl._support.words import read_words
 from cacl.errors import InputError, InputTypeError, did_you_mean, expected
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cacl.encoders import ImageTextEncoder
 
 DEFAULT_TEMPLATES = ("a photo of {}.", "an image of {}.", "a picture of {}.", "a snapshot of {}.")
@@ -277,19 +274,26 @@ def words_for(names: Iterable[str], path: Path, n: int | None = None) -> Backgro
     return words
 
 
-@torch.no_grad()
 def _encode(encoder: ImageTextEncoder, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
     """K lists of texts -> (K, Q, D) unit length, padded with zeros; a text that stands twice is encoded once."""
+    import torch
+
+    from cacl._support.answers import check_callable, check_text_features
+    from cacl._support.features import unit
+
     check_positive("batch_size", batch_size)
     check_callable("encoder.encode_text", getattr(encoder, "encode_text", None))
     unique = list(dict.fromkeys(text for list_ in texts for text in list_))
-    parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
-    chunks = [check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]
-    if len(widths := {chunk.shape[1] for chunk in chunks}) > 1:
-        raise InputError(f"Expected `encoder.encode_text` to return features of one length, but got {sorted(widths)}.")
-    features = unit(torch.cat(chunks))
-    row = {text: i for i, text in enumerate(unique)}
-    result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
-    for k, list_ in enumerate(texts):
-        result[k, : len(list_)] = features[[row[text] for text in list_]]
+    with torch.no_grad():
+        parts = (unique[i : i + batch_size] for i in range(0, len(unique), batch_size))
+        chunks = [check_text_features(encoder.encode_text(part), len(part)).float() for part in parts]
+        if len(widths := {chunk.shape[1] for chunk in chunks}) > 1:
+            raise InputError(
+                f"Expected `encoder.encode_text` to return features of one length, but got {sorted(widths)}."
+            )
+        features = unit(torch.cat(chunks))
+        row = {text: i for i, text in enumerate(unique)}
+        result = features.new_zeros(len(texts), max(map(len, texts)), features.shape[1])
+        for k, list_ in enumerate(texts):
+            result[k, : len(list_)] = features[[row[text] for text in list_]]
     return result

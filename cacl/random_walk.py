@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cacl._support.chebyshev import applied, of_power, of_restarts
-from cacl._support.checks import check_integer, check_positive, check_range, check_tensor, kind_of, shape
+from cacl._support.checks import check_tensor, kind_of, shape
+from cacl._support.values import check_integer, check_positive, check_range
 from cacl.errors import expected
 
 Offset = tuple[int, int]

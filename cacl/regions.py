@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from cacl._support.checks import check_labels, check_positive, check_tensor, shape
+from cacl._support.checks import check_labels, check_tensor, shape
+from cacl._support.values import check_positive
 from cacl.errors import expected
 
 

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacl._support.checks import check_choice, check_classes, check_tensor, shape
+from cacl._support.checks import check_classes, check_tensor, shape
 from cacl._support.distributed import all_reduce_sum
 from cacl._support.features import cosine, unit
+from cacl._support.values import check_choice
 from cacl.errors import InputTypeError, expected
 
 

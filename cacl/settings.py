@@ -6,9 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 
-import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,11 +18,15 @@ from pydantic import (
     model_validator,
 )
 
-from cacl.crf import BILATERAL, GAUSSIAN, ITERATIONS, Backend, check_backend
+from cacl._support.names import is_utf8, state_of
+from cacl._support.values import check_span
+from cacl.constants import BILATERAL, GAUSSIAN, ITERATIONS, Backend
 from cacl.datasets.formats import check_format
 from cacl.errors import quoted
-from cacl.images import check_range
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Mark(enum.Enum):
@@ -69,7 +72,7 @@ class Table(BaseModel):
     @classmethod
     def _can_be_written(cls, value: Any) -> Any:
         for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str | Path) and ("\0" in str(text) or not _is_utf8(str(text))):
+            if isinstance(text, str | Path) and ("\0" in str(text) or not is_utf8(str(text))):
                 raise ValueError(f"expected text in UTF-8 without zeros, but got {quoted(str(text))}")
         return value
 
@@ -102,7 +105,7 @@ class Table(BaseModel):
             if differs and (Mark.EVALUATION in field.metadata) == evaluation:
                 values[key] = self.model_dump(mode="json", include={key})[key]
                 if Mark.FILE in field.metadata or isinstance(value, Path):
-                    values[key] = [values[key], *_state_of(Path(value))]
+                    values[key] = [values[key], *state_of(Path(value))]
         return values
 
 
@@ -149,6 +152,8 @@ class CRF(Table):
 
     def arguments(self, machine: Machine) -> CRFArguments:
         """Of the CRFs on a machine."""
+        from cacl.crf import check_backend
+
         return {
             "gaussian": self.gaussian,
             "bilateral": self.bilateral,
@@ -194,7 +199,7 @@ class Data(Table):
     """Split that is trained on: images and labels, never a mask."""
     eval: str = "val"
     """Split that CAMs are evaluated on where it has masks; empty for none."""
-    range: Annotated[tuple[Number, Number], AfterValidator(check_range)] | None = None
+    range: Annotated[tuple[Number, Number], AfterValidator(check_span)] | None = None
     """What the values of deep images span, such as ``[0, 4095]``; by their type if None (see
     :func:`cacl.images.read_image`)."""
 
@@ -277,24 +282,16 @@ class Machine:
 
     @property
     def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
+        return str(self.device).partition(":")[0] == "cuda"
 
     @property
     def crf_on_gpu(self) -> bool:
         """Whether CRFs are done by a GPU, for which one process is enough."""
+        from cacl.crf import check_backend
+
         return self.on_gpu and check_backend(self.crf) == "torch"
 
     @property
     def crf_workers(self) -> int:
         """Processes that do CRFs."""
         return 0 if self.crf_on_gpu else self.workers
-
-
-def _state_of(file: Path) -> list[int]:
-    """Size and time of a file; nothing for what is a name."""
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.name and file.is_file() else []
-
-
-def _is_utf8(text: str) -> bool:
-    """Names of files need not be; what is no UTF-8 in them Python keeps as half characters."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from cacl._support.checks import check_labels, check_tensor, shape
 from cacl._support.features import full, unit
+from cacl.constants import STRENGTHS
 from cacl.errors import InputError, expected
 
-STRENGTHS = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
-"""The penalties that cross-validation chooses among, the strongest first."""
 FOLDS = 5
 _STEPS = 500
 

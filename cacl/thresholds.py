@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cacl._support.checks import as_array, check_range
+from cacl._support.checks import as_array
+from cacl._support.values import check_range
 from cacl.constants import BACKGROUND_SCORE
 from cacl.errors import expected
 

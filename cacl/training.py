@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.checkpoint import restore
-from cacl._support.checks import check_choice
 from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.parallel import distributed
@@ -23,6 +22,7 @@ from cacl._support.pending import Pending, short
 from cacl._support.progress import watched
 from cacl._support.signals import Interrupts
 from cacl._support.surroundings import generator_alone, training_alone
+from cacl._support.values import check_choice
 from cacl._support.waiting import WAITED
 from cacl._support.weights import are_finite, check_takes_part, save_state
 from cacl.datasets import Dataset

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from cacl._support.checks import check_positive, check_range
+from cacl._support.values import check_positive, check_range
 from cacl.constants import IGNORE, IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -16,11 +16,11 @@ from typing import IO, Literal
 import numpy as np
 from PIL import Image
 
-from cacl._support.checks import check_choice
 from cacl._support.cores import usable_cores
 from cacl._support.files import replacing
 from cacl._support.pillow import orientation
 from cacl._support.progress import watched
+from cacl._support.values import check_choice
 from cacl.constants import IGNORE
 from cacl.datasets.listing import VOC_CLASSES
 from cacl.errors import InputError, expected, shown

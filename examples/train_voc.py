@@ -27,7 +27,8 @@ from cacl.loading import Batch
 from cacl.log import Journal, Log
 from cacl.settings import Machine
 from cacl.stages.cams import evaluate_cams, make_cams
-from cacl.stages.warmup import Warmup, train_classifier
+from cacl.stages.warmup import train_classifier
+from cacl.tables import Warmup
 from cacl.training import Loop, train
 from cacl.transforms import RandomView
 

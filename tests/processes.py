@@ -21,10 +21,11 @@ from cacl.irn import IRNet
 from cacl.loading import order
 from cacl.log import Journal
 from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
-from cacl.stages.contrast import CACL, train_cacl
-from cacl.stages.irn import IRN, train_irnet
-from cacl.stages.segment import Segment, train_segmenter
-from cacl.stages.warmup import Warmup, train_classifier
+from cacl.stages.contrast import train_cacl
+from cacl.stages.irn import train_irnet
+from cacl.stages.segment import train_segmenter
+from cacl.stages.warmup import train_classifier
+from cacl.tables import CACL, IRN, Segment, Warmup
 
 
 class Backbone(nn.Module):

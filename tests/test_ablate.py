@@ -12,10 +12,10 @@ from drawn import write_csv
 
 from cacl import ablate, methods_table, pipeline
 from cacl.cli import main
-from cacl.config import Config
+from cacl.config import Config, split_overrides
 from cacl.dense import DenseFeatures
 from cacl.prompts import DEFAULT_TEMPLATES
-from cacl.stages.contrast import CACL
+from cacl.tables import CACL
 
 SETTINGS = [
     "data.format=csv", "run.device=cpu", "run.workers=0", "warmup.epochs=1", "warmup.batch_size=3", "warmup.crop=32",
@@ -253,7 +253,7 @@ def test_settings_of_a_method_without_its_table_are_refused(tmp_path, monkeypatc
         run(configure(tmp_path), tables=["5"], methods={"clims": {"lr": 1.0}})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.json").write_text("{}")
-    others, own = methods_table.split_overrides(["cacl.lr=0.1", "pole.synonyms=words.json", "qa-clims.lr=0.5"])
+    others, own = split_overrides(["cacl.lr=0.1", "pole.synonyms=words.json", "qa-clims.lr=0.5"])
     assert others == ["cacl.lr=0.1"]
     assert own == {"pole": {"synonyms": str(tmp_path / "words.json")}, "qa-clims": {"lr": 0.5}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 import cacl
-from cacl import log, photos, settings, stages
+from cacl import datasets, log, photos, settings, stages
 from cacl.stages.chain import CHAIN
+from cacl.tables import TABLES
 
 # A changed line here is a change that users notice: write it into CHANGELOG.md.
 API = """
@@ -156,7 +158,8 @@ metrics.threshold_sweep(samples: Iterable[tuple[NDArray[np.integer], NDArray[np.
 training.train(step: Callable[[Batch], Mapping[str, Tensor]], modules: Mapping[str, nn.Module], optimizer:
     torch.optim.Optimizer, dataset: Dataset, loop: Loop, *, name: str = 'train', checkpoint: Path | None = None, key:
     str = '', log: Log | None = None, callback: Callback | None = None) -> None
-config.Config.load(source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain = {chain}) -> Config
+config.Config.load(source: str | PathLike[str], overrides: Sequence[str] = (), *, chain: Chain | None = None) ->
+    Config
 """
 
 
@@ -223,7 +226,20 @@ def test_stage_names_and_signatures():
 
 def test_all_is_sorted_and_without_doubles():
     assert len(set(cacl.__all__)) == len(cacl.__all__)
-    assert set(cacl.__all__) - {"pipeline"} <= set(vars(cacl))
+    assert set(cacl.__all__) <= {*dir(cacl), "pipeline"}
+    assert set(datasets.__all__) <= set(dir(datasets))
+
+
+@pytest.mark.parametrize("package", [cacl, datasets])
+def test_what_type_checkers_see_is_what_there_is(package):
+    """Names are imported when they are asked for; the imports that type checkers read are another list of them."""
+    tree = ast.parse(inspect.getsource(package))
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {(alias.name, node.module) for node in blocks[0].body for alias in node.names}
+    for name, module in seen:
+        found = getattr(importlib.import_module(module), name, None)
+        assert getattr(package, name) is (found or importlib.import_module(f"{module}.{name}"))
+    assert {name for name, _ in seen} | {*vars(package)} >= set(package.__all__)
 
 
 def test_unknown_attribute():
@@ -231,8 +247,47 @@ def test_unknown_attribute():
         _ = cacl.itc
 
 
+def test_modules_are_imported_when_they_are_asked_for():
+    code = "import cacl; print(cacl.random_walk.propagate.__name__, cacl.losses.itc_loss is cacl.itc_loss)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "propagate True\n", result.stderr
+
+
+HEAVY = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "clip")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["--version"], ["run", "--help"], ["--no-such"], ["run", "nowhere.toml"],
+        ["run", "scenes", "--set", "cacl.alpa=1"], ["run", "scenes", "--stages", "nothing"],
+        ["check", "scenes", "--set", "cacl.alpha=-1"], ["ablate", "scenes", "--set", "data.format=x"],
+        ["ablate", "scenes", "--set", "pole.lr=x", "--set", "run.seed=-1"],
+        ["run", "voc", "--set", "prompts.templates=[]"],
+    ],
+)  # fmt: skip
+def test_the_command_line_answers_without_torch(arguments):
+    code = f"""
+import sys
+from cacl.cli import main
+try:
+    status = main({arguments})
+except SystemExit as stop:
+    status = stop.code
+print(status, [name for name in {HEAVY} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    asked = "--help" in arguments or "--version" in arguments
+    assert result.stdout.endswith(f"{0 if asked else 2} []\n"), (result.stdout, result.stderr)
+    assert asked or len(result.stderr.strip().splitlines()) <= 2  # argparse has its usage before
+
+
+def test_the_tables_are_those_of_the_chain():
+    assert list(TABLES.items()) == [(stage.name, stage.settings) for stage in CHAIN]
+
+
 def test_import_is_light():
-    heavy = "clip", "open_clip", "pydensecrf", "matplotlib", "pydantic", "scipy", "torchvision", "torchvision.models"
+    heavy = *HEAVY, "clip", "open_clip", "pydensecrf", "pydantic"
     code = f"import sys, cacl; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout == "[]\n", result.stderr

@@ -11,7 +11,8 @@ from cacl import CAMNet
 from cacl.artifacts import load_cams
 from cacl.datasets import CSVDataset
 from cacl.settings import Machine
-from cacl.stages.cams import CAMs, evaluate_cams, make_cams
+from cacl.stages.cams import evaluate_cams, make_cams
+from cacl.tables import CAMs
 from cacl.transforms import normalize
 
 

@@ -28,9 +28,9 @@ from cacl.report import report
 from cacl.settings import Share, Table, Training, Weight
 from cacl.stages import cams, contrast, predict, segment, warmup
 from cacl.stages.chain import CHAIN
-from cacl.stages.irn import IRN
 from cacl.stages.score import Score
 from cacl.stages.stage import Stage
+from cacl.tables import IRN
 from cacl.training import fit
 
 # --- a stage in place of `irn` and `masks`: a threshold that is learnt, and pseudo masks by it ---

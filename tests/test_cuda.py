@@ -19,10 +19,11 @@ from cacl.log import Journal
 from cacl.photos import segment_photos
 from cacl.random_walk import propagate, spread
 from cacl.settings import Machine
-from cacl.stages.contrast import CACL, train_cacl
-from cacl.stages.irn import IRN, train_irnet
-from cacl.stages.segment import Segment, train_segmenter
-from cacl.stages.warmup import Warmup, train_classifier
+from cacl.stages.contrast import train_cacl
+from cacl.stages.irn import train_irnet
+from cacl.stages.segment import train_segmenter
+from cacl.stages.warmup import train_classifier
+from cacl.tables import CACL, IRN, Segment, Warmup
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

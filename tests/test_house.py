@@ -13,10 +13,7 @@ import pytest
 import cacl
 from cacl import camnet, crf, criterion, irn, log, losses, mining, random_walk, training, transforms
 from cacl.settings import CRF, Run, Training
-from cacl.stages.cams import CAMs
-from cacl.stages.contrast import CACL
-from cacl.stages.irn import IRN
-from cacl.stages.masks import Masks
+from cacl.tables import CACL, IRN, CAMs, Masks
 
 PACKAGE = Path(cacl.__file__).parent
 # Each floor may import from itself and from those before it; what stands in no floor fails.
@@ -25,7 +22,7 @@ FLOORS = [
     "thresholds dense prompts selector regions losses matching criterion agreement camnet encoders backbones embedded "
     "crf random_walk irn mining deeplab metrics tagger methods clip_es",
     "images folders transforms pictures datasets scenes",
-    "settings log training loading artifacts photos seeds",
+    "settings tables log training loading artifacts photos seeds",
     "stages",
     "config",
     "runs",

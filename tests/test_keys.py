@@ -16,9 +16,8 @@ from cacl import pipeline
 from cacl.config import Config
 from cacl.runs.session import Session
 from cacl.settings import CAMNetwork, Encoder, Mark, Prompts, Share
-from cacl.stages.cams import CAMs
 from cacl.stages.chain import CHAIN
-from cacl.stages.irn import IRN
+from cacl.tables import IRN, CAMs
 
 
 @pytest.fixture

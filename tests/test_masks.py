@@ -20,10 +20,11 @@ from cacl.mining import mine_labels
 from cacl.random_walk import propagate, spread
 from cacl.settings import Machine
 from cacl.stages.cams import evaluate_cams
-from cacl.stages.irn import IRN, make_labels, train_irnet
+from cacl.stages.irn import make_labels, train_irnet
 from cacl.stages.levels import own_levels, own_scores
-from cacl.stages.masks import Masks, Walk, make_masks, walk, walk_cams
+from cacl.stages.masks import make_masks, walk, walk_cams
 from cacl.stages.refined import evaluate_refined, refine_cams
+from cacl.tables import IRN, Masks, Walk
 from cacl.thresholds import BINS, count_maxima, least_cross_entropy
 from cacl.transforms import normalize
 

@@ -21,7 +21,8 @@ from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
 from cacl.prompts import BACKGROUND_WORDS
 from cacl.runs.session import Session
 from cacl.settings import Machine
-from cacl.stages.contrast import CACL, criterion_of, train_cacl
+from cacl.stages.contrast import criterion_of, train_cacl
+from cacl.tables import CACL
 
 LABELS = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]])
 SYNONYMS = {"cat": ("kitten", "tom"), "boat": ("ship",)}

@@ -23,7 +23,8 @@ from cacl.mining import mine_labels
 from cacl.pictures import heatmap, overlay, threshold
 from cacl.random_walk import along_paths, propagate
 from cacl.settings import Machine
-from cacl.stages.contrast import CACL, STAGE
+from cacl.stages.contrast import STAGE
+from cacl.tables import CACL
 
 NAMES = ["boat", "train"]
 WORDS = BackgroundSet({"boat": ["water"], "train": ["track"]})

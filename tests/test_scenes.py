@@ -209,7 +209,8 @@ def test_ca_cl_beats_the_warm_up(tmp_path):
 
 def test_own_words_beside_a_csv_are_used(world, tmp_path):
     from cacl.runs.session import Session
-    from cacl.stages.contrast import CACL, backgrounds
+    from cacl.stages.contrast import backgrounds
+    from cacl.tables import CACL
 
     settings = [f"data.root={world}", "data.format=csv", f"run.out={tmp_path}"]
     session = Session(Config.load("scenes", settings))

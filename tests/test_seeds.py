@@ -24,9 +24,10 @@ from cacl.mining import mine_labels, pseudo_mask, snap
 from cacl.report import report
 from cacl.seeds import check_seeds, hold_to_tags, read_seeds
 from cacl.settings import Machine
-from cacl.stages.cams import CAMs, evaluate_cams
+from cacl.stages.cams import evaluate_cams
 from cacl.stages.chain import CHAIN, needed
 from cacl.stages.differences import differences
+from cacl.tables import CAMs
 
 
 @pytest.fixture

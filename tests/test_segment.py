@@ -15,10 +15,11 @@ from cacl.datasets import CSVDataset
 from cacl.deeplab import DeepLabV2
 from cacl.images import read_mask
 from cacl.metrics import ConfusionMatrix
-from cacl.photos import Photos, load_segmenter, mask_of, save_segmenter, segment_photos
+from cacl.photos import load_segmenter, mask_of, save_segmenter, segment_photos
 from cacl.settings import Machine
 from cacl.stages.predict import evaluate_segmenter, make_predictions
-from cacl.stages.segment import Segment, train_segmenter
+from cacl.stages.segment import train_segmenter
+from cacl.tables import Photos, Segment
 from cacl.transforms import normalize
 
 

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cacl._support.launch import launched
 from cacl.errors import ElsewhereError, InputError, LostProcessError, first_line
 
 T = TypeVar("T")
@@ -45,9 +46,9 @@ def rank() -> int:
 
 def local_device(name: str, setting: str) -> torch.device:
     """:func:`cacl._support.distributed.find_device`, where each process of a machine takes a GPU of its own."""
-    if _launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
+    if launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and name.startswith("cuda:"):
         raise InputError(f'{setting}: expected "auto" or "cuda", a GPU for each process, but got {name!r}')
-    if name in ("auto", "cuda") and torch.cuda.is_available() and _launched():
+    if name in ("auto", "cuda") and torch.cuda.is_available() and launched():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return find_device(name, setting)
 
@@ -69,7 +70,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     Raises:
         LostProcessError: if another process dies or does not answer in time.
     """
-    if not _launched() or _grouped():
+    if not launched() or _grouped():
         with _reported():
             yield
             gather(None)  # nobody leaves while another still listens
@@ -239,15 +240,6 @@ def _reported() -> Iterator[None]:
                 f"checkpoint ({first_line(error)})"
             ) from error
         raise
-
-
-def is_first() -> bool:
-    """Whether this process speaks for the run, also before and after it has taken part in a group."""
-    return not _launched() or os.environ["RANK"] == "0"
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _grouped() -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cacl._support.checks import check_choice
 from cacl._support.distributed import all_reduce_sum, world_size
+from cacl._support.values import check_choice
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD, REDUCTIONS, Reduction
 
 

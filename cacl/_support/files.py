@@ -54,18 +54,6 @@ def home(what: str) -> Path:
         ) from None
 
 
-def check_working_folder() -> None:
-    """Require the current folder, from which relative paths begin, to be there.
-
-    Raises:
-        ValueError: if it was removed.
-    """
-    try:
-        os.getcwd()
-    except OSError:
-        raise InputError("the current folder: it was removed; change to one that is there") from None
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Make an :class:`OSError` say which file it was."""

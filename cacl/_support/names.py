@@ -7,6 +7,8 @@ import re
 import unicodedata
 from pathlib import Path
 
+from cacl.errors import InputError
+
 ENDINGS = {
     ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".eps", ".exr", ".fit",
     ".fits", ".flc", ".fli", ".gif", ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico",
@@ -44,3 +46,25 @@ def existing(path: Path) -> Path:
     folder = existing(path.parent)
     forms = (folder / unicodedata.normalize(form, path.name) for form in ("NFC", "NFD"))
     return next((form for form in forms if os.path.lexists(form)), path)
+
+
+def check_working_folder() -> None:
+    """Require the current folder, from which relative paths begin, to be there.
+
+    Raises:
+        ValueError: if it was removed.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError("the current folder: it was removed; change to one that is there") from None
+
+
+def state_of(file: Path) -> list[int]:
+    """Size and time of a file; nothing for what is a name."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.name and file.is_file() else []
+
+
+def is_utf8(text: str) -> bool:
+    """Names of files need not be; what is no UTF-8 in them Python keeps as half characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

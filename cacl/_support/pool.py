@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from cacl._support.checks import check_integer
 from cacl._support.signals import Interrupts
+from cacl._support.values import check_integer
 from cacl._support.waiting import POLL, Patience, warn_once, why_not
 from cacl.errors import InputError, first_line
 

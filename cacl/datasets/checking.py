@@ -13,12 +13,11 @@ import numpy as np
 
 from cacl._support.cores import usable_cores
 from cacl._support.progress import watched
-from cacl.constants import IGNORE
+from cacl.constants import IGNORE, Range
 from cacl.datasets.agreement import Agreement, numbered, problems_of_classes
 from cacl.datasets.dataset import Dataset, InOneFile
 from cacl.datasets.formats import FORMATS, format_of
 from cacl.errors import InputError, quoted, shown
-from cacl.images import Range
 from cacl.prompts import words_for
 
 NOTE = "note: "

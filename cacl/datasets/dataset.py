@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from cacl.constants import Range
 from cacl.datasets.coco import Objects, read_coco
 from cacl.datasets.entries import Entries, Entry, Listing, MasksIn, Origin
 from cacl.datasets.listing import read_csv, read_voc
 from cacl.errors import InputError, shown
-from cacl.images import Range, read_image, read_mask
+from cacl.images import read_image, read_mask
 
 
 class Sample(NamedTuple):

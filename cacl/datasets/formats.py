@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from cacl.datasets.coco import coco_splits, read_coco
-from cacl.datasets.dataset import Dataset, InOneFile, sound
-from cacl.datasets.entries import Listing
+from cacl.constants import Range
 from cacl.datasets.listing import csv_splits, read_csv, read_voc, voc_splits
 from cacl.errors import InputError, expected, quoted
-from cacl.images import Range
+
+if TYPE_CHECKING:
+    from cacl.datasets.dataset import Dataset
+    from cacl.datasets.entries import Listing
 
 
 class Part(NamedTuple):
@@ -62,6 +63,8 @@ def open_dataset(format: str, root: str | PathLike[str], split: str, *, range: R
     if format not in FORMATS:
         raise expected("format", f"one of {', '.join(FORMATS)}", repr(format))
     part = FORMATS[format].read(Path(root), split)
+    from cacl.datasets.dataset import sound
+
     sound(part.listing)
     part.dataset.range = range
     return part.dataset
@@ -100,11 +103,16 @@ def _voc(root: Path, split: str) -> Part:
 
 
 def _coco(root: Path, split: str) -> Part:
+    from cacl.datasets.coco import read_coco
+    from cacl.datasets.dataset import InOneFile
+
     listing, objects = read_coco(root, split)
     return Part(listing, InOneFile(listing, objects), objects.path)
 
 
 def _plain(listing: Listing) -> Dataset:
+    from cacl.datasets.dataset import Dataset
+
     dataset = Dataset(listing.classes, listing.entries)
     dataset.origin = listing.origin
     return dataset
@@ -117,8 +125,14 @@ def _voc_splits(root: Path) -> list[str]:
     raise InputError(f"{lists}: expected a list of ids for each split, such as train.txt, but there is none")
 
 
+def _coco_lists(root: Path) -> list[str]:
+    from cacl.datasets.coco import coco_splits
+
+    return coco_splits(root)
+
+
 def _coco_splits(root: Path) -> list[str]:
-    if splits := coco_splits(root):
+    if splits := _coco_lists(root):
         return splits
     raise InputError(f"{root / 'annotations'}: expected instances_*.json of COCO, but there is none")
 
@@ -143,7 +157,7 @@ FORMATS: dict[str, Format] = {
     "coco": Format(
         read=_coco,
         splits=_coco_splits,
-        is_here=lambda root: bool(coco_splits(root)),
+        is_here=lambda root: bool(_coco_lists(root)),
         looks="annotations/instances_*.json of COCO",
     ),
     "scenes": replace(_CSV, drawn=True),

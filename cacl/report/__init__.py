@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from cacl import __version__
-from cacl._support.checks import check_positive
 from cacl._support.files import replacing, write_text
+from cacl._support.values import check_positive
 from cacl.config import Config
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
@@ -22,9 +22,8 @@ from cacl.report.galleries import cam_gallery, open_ablation, segmentation_galle
 from cacl.report.gallery import Gallery
 from cacl.report.page import Page, render
 from cacl.runs.session import Session
-from cacl.stages.cams import CAMs
-from cacl.stages.chain import CHAIN, Chain
-from cacl.stages.contrast import CACL, METHODS
+from cacl.stages.chain import Chain
+from cacl.tables import CACL, METHODS, CAMs
 
 logger = logging.getLogger("cacl")
 
@@ -46,7 +45,7 @@ def report(
     backbone: nn.Module | None = None,
     device: str | None = None,
     progress: bool = True,
-    chain: Chain = CHAIN,
+    chain: Chain | None = None,
 ) -> Path:
     """Write the report of a run folder, as far as the run has come.
 
@@ -59,7 +58,7 @@ def report(
         backbone: what was given to :func:`cacl.pipeline.run`.
         device: a torch device; by default the run's own.
         progress: show progress bars where there is a terminal.
-        chain: that of the run.
+        chain: that of the run, CA-CL's by default.
 
     Returns:
         The HTML file.

@@ -22,13 +22,12 @@ from cacl.pictures import heatmap, threshold
 from cacl.report.gallery import Gallery
 from cacl.runs.session import Session
 from cacl.settings import Prompts, Report
-from cacl.stages.cams import CAMs, camnet, predict_cams
-from cacl.stages.contrast import CACL, METHODS
-from cacl.stages.irn import IRN
+from cacl.stages.cams import camnet, predict_cams
 from cacl.stages.levels import own_scores
 from cacl.stages.predict import prediction_folder
 from cacl.stages.refined import refine_cams
 from cacl.stages.stage import Judged
+from cacl.tables import CACL, IRN, METHODS, CAMs
 
 logger = logging.getLogger("cacl")
 

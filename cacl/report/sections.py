@@ -21,8 +21,8 @@ from cacl.report.gallery import Gallery
 from cacl.report.page import Block, Section
 from cacl.runs.session import Session
 from cacl.settings import Prompts
-from cacl.stages.contrast import CACL
 from cacl.stages.score import Score
+from cacl.tables import CACL
 
 _ABLATE = "cacl ablate CONFIG --tables 4,5"
 

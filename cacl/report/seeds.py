@@ -17,7 +17,7 @@ from cacl.report.page import Block, Section
 from cacl.runs.session import Session
 from cacl.seeds import SEEDS
 from cacl.settings import Report
-from cacl.stages.cams import CAMs
+from cacl.tables import CAMs
 
 
 def _columns(own: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from cacl.datasets import FORMATS
 from cacl.datasets.checking import Findings, check_files, check_lists, check_parts
 from cacl.errors import InputError
 from cacl.runs.session import Session
-from cacl.stages.contrast import CACL, backgrounds
+from cacl.stages.contrast import backgrounds
+from cacl.tables import CACL
 
 
 def check_config(config: Config, *, progress: bool = False) -> list[str]:

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cacl._support.checks import check_integer, check_positive
 from cacl._support.files import read_json, write_json, write_text
 from cacl._support.loaders import load
 from cacl._support.progress import watched
+from cacl._support.values import check_integer, check_positive
 from cacl.errors import InputError
 from cacl.scenes import scenery
 from cacl.scenes.canvas import CLASSES as CLASSES

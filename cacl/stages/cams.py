@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
 
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
@@ -24,60 +23,24 @@ from cacl.artifacts import ImageCAMs, cams_of, map_size, save_cams, to_make
 from cacl.camnet import CAMNet
 from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
-from cacl.errors import expected, quoted
+from cacl.errors import expected
 from cacl.images import Mask
 from cacl.loading import load_images
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
-from cacl.prompts import ORIGAMI, PromptSet
 from cacl.seeds import SEEDS, check_outside, check_seeds, hold_to_tags, state_of
-from cacl.settings import Encoder, Factor, Machine, Mark, Share, Switch, Table
+from cacl.settings import Encoder, Machine, Table
 from cacl.stages.dense import clip_es_of, make_dense_cams
 from cacl.stages.differences import differences
 from cacl.stages.levels import own_scores
 from cacl.stages.score import Point, Score, rounded
 from cacl.stages.stage import Context, Judged, Stage
 from cacl.stages.words import known_words
+from cacl.tables import CAMs
 from cacl.thresholds import BINS
 
 logger = logging.getLogger("cacl")
-
-
-class CAMs(Table):
-    """``[cams]``: CAMs at inference, or seeds in their place."""
-
-    source: Annotated[Literal["cacl", "clip"] | Path, Mark.EVALUATION] = "cacl"
-    """Where the CAMs of the training images come from: ``"cacl"`` is the network of the stage of this name, ``"clip"``
-    CLIP-ES, which trains nothing and needs an encoder that knows what it sees where (:class:`cacl.clip_es.CLIPES`),
-    a path a folder with masks ``<id>.png`` or soft maps ``<id>.npz`` of others (:func:`cacl.seeds.read_seeds`). But
-    for the first, the stages before it are left out where nothing else needs them."""
-    compare: Switch = False
-    """Of seeds in their place: train CA-CL all the same, and say where the two disagree."""
-    template: Annotated[str, Mark.EVALUATION, AfterValidator(lambda template: PromptSet([template])[0])] = ORIGAMI
-    """Of CLIP-ES's texts."""
-    words: Annotated[Literal["shared", "class"], Mark.EVALUATION] = "shared"
-    """CLIP-ES's background words: the same for all classes, or each class's own of ``[backgrounds]``."""
-    scales: Annotated[tuple[Factor, ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
-    """Factors of the image's size."""
-    flip: Switch = True
-    """Add the mirror image's maps."""
-    background_score: Annotated[Share | Literal["auto"], Mark.EVALUATION] = "auto"
-    """A pixel whose largest value is not above this is background where CAMs are scored and shown; ``"auto"`` is what
-    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _is_a_name_or_a_folder(cls, source: Any) -> Any:
-        if not isinstance(source, str | Path) or not str(source):
-            raise ValueError(f'expected "cacl", "clip" or the path of a folder, but got {quoted(source)}')
-        return source
-
-    @model_validator(mode="after")
-    def _has_what_to_compare(self) -> CAMs:
-        if self.compare and self.source == "cacl":
-            raise ValueError("compare: expected another source than 'cacl' to compare its CAMs with")
-        return self
 
 
 def make_cams(

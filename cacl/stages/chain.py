@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cacl._support.checks import check_choice
+from cacl._support.values import check_choice
 from cacl.errors import InputError
 from cacl.settings import Table
 from cacl.stages import cams, contrast, irn, masks, predict, segment, tags, warmup

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from cacl._support.answers import check_callable, check_terms
@@ -24,88 +23,20 @@ from cacl.losses import BGSuppressionLoss
 from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
 from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet
 from cacl.settings import (
-    Cosine,
-    Count,
     Encoder,
-    Epochs,
-    Factor,
-    FileOrName,
     Machine,
     Prompts,
-    Schedule,
-    Share,
-    Training,
-    Weight,
 )  # fmt: skip
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
 from cacl.stages.words import known_words
+from cacl.tables import CACL, METHODS
 from cacl.training import RESERVED, fit
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Any]
 """``(images, cams, labels)`` -> a NamedTuple with a ``total``, as :meth:`cacl.CACLLoss.forward`; what it wants logged
 besides comes from an optional ``record() -> dict`` of tensors."""
-
-
-METHODS = {"cacl": "CA-CL", "clims": "CLIMS", "qa-clims": "QA-CLIMS", "pole": "POLE"}
-"""The values of ``method``, and what people call them."""
-
-
-class CACL(Training):
-    """``[cacl]``: CA-CL training, under the paper's names, or that of another method in its place.
-
-    ``method`` gives the values of the keys that are not given themselves: its authors' for VOC.
-    """
-
-    chosen_by: ClassVar[str] = "method"
-    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "cacl": {},
-        "clims": {"epochs": 15, "schedule": "poly", "alpha": 10.0, "gamma": 0.2},
-        "qa-clims": {
-            "epochs": 15, "batch_size": 8, "lr": 3.5e-4, "schedule": "poly", "alpha": 10.0, "background_weight": 8.0,
-            "gamma": 0.2,
-        },
-        "pole": {"epochs": 15, "schedule": "poly", "alpha": 10.0, "background_weight": 25.0},
-    }  # fmt: skip
-
-    method: Literal["cacl", "clims", "qa-clims", "pole"] = "cacl"
-    """Whose loss: CA-CL's, or one of :mod:`cacl.methods`."""
-    epochs: Epochs = 20
-    lr: Weight = 2.5e-4
-    """Of the backbone; the classifier's is ten times that."""
-    schedule: Schedule = "cosine"
-    margin: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.5
-    """Of the contrastive loss (eq. 6)."""
-    alpha: Weight = 40.0
-    """Weight of the image-text contrastive loss (eq. 14); of the other methods, that of the foreground's part."""
-    background_weight: Weight = 24.0
-    """Weight of the background's part, of the other methods."""
-    beta: Weight = 1.0
-    """Weight of the background suppression (eq. 14); ``"qa-clims"`` has none."""
-    gamma: Weight = 0.4
-    """Weight of the region loss (eq. 14); ``"pole"`` has none."""
-    threshold: Cosine = 0.26
-    """θ of eq. 10, or what it starts from."""
-    threshold_mode: Literal["soft", "quantile", "fixed"] = "fixed"
-    """How θ changes (see :class:`cacl.BGSuppressionLoss`)."""
-    threshold_bounds: tuple[Cosine, Cosine] = (0.2, 0.3)
-    """Of θ, in the mode ``"soft"``."""
-    threshold_lr: Weight | None = None
-    """η of eq. 11, in the mode ``"soft"``; ``lr`` if it is not given."""
-    threshold_quantile: Share = 0.8
-    """Of the similarities, in the mode ``"quantile"``."""
-    threshold_momentum: Share = 0.99
-    """Of the running quantile."""
-    template: Count | None = None
-    """Always this template instead of DCPS."""
-    contrast_temperature: Factor = 0.7
-    """Of the contrast of ``"qa-clims"``."""
-    words: tuple[str, ...] | None = None
-    """The background words of all classes, of ``"clims"`` and ``"pole"``; by default their ten for VOC."""
-    synonyms: FileOrName = "voc"
-    """Other words for classes, of ``"pole"``: those of VOC that come with the package, a JSON file class -> words, or
-    empty for none."""
 
 
 def train_cacl(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from pydantic import model_validator
 from torch import Tensor
 
 from cacl.crf import check_backend
@@ -16,37 +14,14 @@ from cacl.irn import IRNet, affinity_loss
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.mining import mine_labels
-from cacl.settings import CRF, CAMNetwork, Epochs, Machine, Radius, Schedule, Share, Training, Weight
-from cacl.stages.cams import CAMs, save_model
+from cacl.settings import CAMNetwork, Machine
+from cacl.stages.cams import save_model
 from cacl.stages.levels import own_scores
 from cacl.stages.refined import evaluate_refined, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
+from cacl.tables import IRN, CAMs
 from cacl.training import fit
-
-
-class IRN(Training, CRF):
-    """``[irn]``: label mining and IRNet (Ahn et al. 2019)."""
-
-    epochs: Epochs = 3
-    lr: Weight = 0.1
-    """Of the edge branch; that of the displacement branch is ten times that."""
-    schedule: Schedule = "poly"
-    scale: tuple[Weight, Weight] = (0.5, 1.5)
-    radius: Radius = 10
-    """Pairs of pixels of the stride-4 grid that are less than this apart are looked at."""
-    foreground_score: Share | Literal["auto"] = "auto"
-    """Background score of the CRF that decides what is foreground; 0.30 in IRNet. ``"auto"`` is the higher one of the
-    two that the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`)."""
-    background_score: Share | Literal["auto"] = "auto"
-    """Background score of the CRF that decides what is background; 0.10 in IRNet. ``"auto"`` is the lower one."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> IRN:
-        low, high = self.background_score, self.foreground_score
-        if low != "auto" and high != "auto" and low > high:
-            raise ValueError(f"background_score: expected at most foreground_score {high}, but got {low}")
-        return self
 
 
 def make_labels(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,45 +25,14 @@ from cacl.log import Journal
 from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate, spread
 from cacl.seeds import check_outside, check_seeds, state_of
-from cacl.settings import CRF, Count, Machine, Mark, Radius, Share, Sigma, Table, Weight
+from cacl.settings import Machine
 from cacl.stages.cams import cam_score
 from cacl.stages.irn import irnet
 from cacl.stages.levels import own_levels
 from cacl.stages.refined import evaluate_refined, write_labels
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
-
-
-class Walk(Table):
-    """The random walk: that of IRNet (:func:`cacl.random_walk.propagate`) or over colours (:func:`~.spread`)."""
-
-    power: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
-    """Of the CAMs before the walk; above 1 for CAMs that reach far beyond the objects."""
-    radius: Radius = 5
-    """In pixels of the stride-4 grid, of the neighbours of a step."""
-    beta: Weight = 10.0
-    """IRNet: power of the affinity: the larger, the less passes an edge."""
-    steps: Count = 256
-    """IRNet: steps of the walk."""
-    colour: Sigma = 5.0
-    """Colours: the standard deviation, of 255, of the affinity."""
-
-
-class Masks(CRF, Walk):
-    """``[masks]``: random walk and pseudo masks."""
-
-    affinity: Literal["none", "colour", "irn"] = "colour"
-    """What a random walk spreads the CAMs over before the CRF: ``"colour"`` pixels of like colour, ``"irn"`` all up to
-    the edges of IRNet, which is trained for it; ``"none"`` is no walk."""
-    background_score: Share | Literal["auto"] = "auto"
-    """A pixel whose largest value is not above this is background; ``"auto"`` is the lower one of the two scores that
-    the CAMs ask for by their values alone (see :func:`cacl.thresholds.split_scores`), half-way to that of each class
-    (:func:`cacl.thresholds.class_levels`)."""
-    unsure: Share = 0.05
-    """255 where a pixel is foreground at one of ``background_score ± unsure`` and background at the other."""
-    regions: Annotated[Path | None, Mark.EVALUATION] = None
-    """A folder of proposals, such as superpixels or SAM's, ``<id>.png`` with a number a region and 0 for none; masks
-    are snapped to them (:func:`cacl.mining.snap`)."""
+from cacl.tables import Masks, Walk
 
 
 def walk_cams(

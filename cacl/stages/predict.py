@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,22 +20,12 @@ from cacl.errors import InputError
 from cacl.images import Mask, Pixels, read_mask
 from cacl.log import Journal
 from cacl.metrics import ConfusionMatrix
-from cacl.photos import Photos, load_segmenter, segment_photos
-from cacl.settings import Machine, Mark, Switch
+from cacl.photos import load_segmenter, segment_photos
+from cacl.settings import Machine
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Judged, Stage
 from cacl.stages.tags import PhotoTagger, load_tagger
-
-
-class Predict(Photos):
-    """``[predict]``: masks by the segmenter."""
-
-    split: Annotated[str, Mark.EVALUATION] = ""
-    """Split that masks are made for; if empty, ``val`` of VOC, and that of ``[data] eval`` of other data, or where that
-    is empty the training images. Masks of these hold their own labels only."""
-    tags: Switch = False
-    """Weigh the network's classes by those that the encoder sees in the whole photo (the stage ``tags``), which helps
-    a network that has seen few photos; tables against papers go without."""
+from cacl.tables import Photos, Predict
 
 
 def make_predictions(

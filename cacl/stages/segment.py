@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from cacl._support.distributed import rank
@@ -19,48 +17,13 @@ from cacl.errors import InputError
 from cacl.loading import Batch
 from cacl.log import Journal
 from cacl.photos import save_segmenter
-from cacl.settings import BatchSize, CAMNetwork, Epochs, FileOrName, Machine, Schedule, Side, Switch, Training, Weight
+from cacl.settings import CAMNetwork, Machine
 from cacl.stages.cams import camnet
-from cacl.stages.predict import Predict, evaluate_segmenter, trained_segmenter
+from cacl.stages.predict import evaluate_segmenter, trained_segmenter
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
+from cacl.tables import Predict, Segment
 from cacl.training import fit
-
-
-class Segment(Training):
-    """``[segment]``: DeepLabV2 on the pseudo masks.
-
-    ``preset`` gives the values of the keys that are not given themselves: ``"deeplab"`` those of the public recipe
-    (20 000 iterations on VOC's 10 582 images), ``"paper"`` those of CA-CL (40 000 iterations).
-    """
-
-    chosen_by: ClassVar[str] = "preset"
-    choices: ClassVar[Mapping[str, Mapping[str, Any]]] = {"deeplab": {}, "paper": {"epochs": 37.8, "lr": 0.005}}
-
-    preset: Literal["deeplab", "paper"] = "deeplab"
-    """Whose numbers."""
-    backbone: str = "resnet101"
-    """A torchvision ResNet or ``"scenes"``; empty for that of ``[camnet]``, or the one that was passed in."""
-    weights: FileOrName = "DEFAULT"
-    """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
-    epochs: Epochs = 18.9
-    batch_size: BatchSize = 10
-    lr: Weight = 2.5e-4
-    """Of the trunk."""
-    head_factor: Weight = 10.0
-    """The head's weights learn at this times ``lr``, its biases at twice that."""
-    freeze_batch_norm: Switch = True
-    """Leave statistics and weights of batch norm as they are."""
-    multi_scale: Switch = True
-    """Train at three scales and their maximum; else at one, whose loss has one term instead of four: at equal time it
-    learns more from few photos, at a higher ``lr``."""
-    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9
-    weight_decay: Weight = 5e-4
-    """None for the head's biases."""
-    schedule: Schedule = "poly"
-    crop: Side = 321
-    scale: tuple[Weight, Weight] = (0.78, 2.34)
-    """The range of the longer side over ``crop``: half to three halves of a photo of 500 pixels."""
 
 
 def train_segmenter(

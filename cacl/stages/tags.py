@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as views
 
@@ -18,22 +17,17 @@ from cacl._support.distributed import barrier, rank, rank_zero, shard, unshard
 from cacl._support.loaders import load, naming_dead_loaders
 from cacl._support.progress import watched
 from cacl._support.weights import evaluating, load_state, save_state
+from cacl.constants import Range
 from cacl.datasets import Dataset
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
-from cacl.images import Range, read_image
+from cacl.images import read_image
 from cacl.log import Journal
 from cacl.prompts import PromptSet
-from cacl.settings import Encoder, Machine, Prompts, Sigma, Table
+from cacl.settings import Encoder, Machine, Prompts
 from cacl.stages.stage import Context, Stage
-from cacl.tagger import STRENGTHS, Tagger
-
-
-class Tags(Table):
-    """``[tags]``: the classifier of whole images."""
-
-    strengths: Annotated[tuple[Sigma, ...], Field(min_length=1)] = STRENGTHS
-    """The penalties that cross-validation on the tags chooses among."""
+from cacl.tables import Tags
+from cacl.tagger import Tagger
 
 
 class PhotoTagger(NamedTuple):

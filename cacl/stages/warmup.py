@@ -13,20 +13,12 @@ from cacl.camnet import CAMNet
 from cacl.datasets import Dataset
 from cacl.loading import Batch
 from cacl.log import Journal
-from cacl.settings import CAMNetwork, Epochs, Machine, Schedule, Training, Weight
+from cacl.settings import CAMNetwork, Machine
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
+from cacl.tables import Warmup
 from cacl.training import fit
-
-
-class Warmup(Training):
-    """``[warmup]``: the multi-label classifier; 0 epochs start CA-CL from the backbone's own weights."""
-
-    epochs: Epochs = 5
-    lr: Weight = 0.1
-    """Of the backbone; the classifier's is ten times that."""
-    schedule: Schedule = "poly"
 
 
 def train_classifier(
