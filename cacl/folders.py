@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mimetypes
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cacl._support.pillow import endings, opened
 from cacl.errors import shown
@@ -34,15 +35,38 @@ def find_photos(folder: Path) -> Found:
     into once. What systems leave behind is no data and is passed over: hidden folders such as ``.ipynb_checkpoints``,
     ``__MACOSX``, ``.DS_Store``, ``._*``, ``Thumbs.db``.
     """
-    known, found = endings(), Found([], [], [])
-    for path in _files(folder, found.problems):
-        if path.suffix.lower() in known:
+    found = Found([], [], [])
+    for kind, path, line in walk(folder):
+        if kind == "photo":
             found.photos.append(path)
-        elif _is_image(path):
-            found.problems.append(f"{shown(path)}: left out: {_why(path)}")
+        elif kind == "problem":
+            found.problems.append(line)
         else:
             found.others.append(path)
     return found
+
+
+class Seen(NamedTuple):
+    """What :func:`walk` comes by."""
+
+    kind: Literal["photo", "problem", "other"]
+    path: Path
+    line: str = ""
+    """What is wrong."""
+
+
+def walk(folder: Path) -> Iterator[Seen]:
+    """What :func:`find_photos` finds, one by one; of a folder no more than its names is in memory."""
+    known = endings()
+    for path, error in _files(folder):
+        if error:
+            yield Seen("problem", path, error)
+        elif path.suffix.lower() in known:
+            yield Seen("photo", path)
+        elif _is_image(path):
+            yield Seen("problem", path, f"{shown(path)}: left out: {_why(path)}")
+        else:
+            yield Seen("other", path)
 
 
 def is_litter(name: str, *, folder: bool) -> bool:
@@ -56,31 +80,32 @@ def files_of(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not is_litter(path.name, folder=False))
 
 
-def _files(root: Path, problems: list[str]) -> Iterator[Path]:
-    """All files below a folder, in order; links to folders last."""
-    folders, links, seen = [root], list[Path](), set[str]()
+def _files(root: Path) -> Iterator[tuple[Path, str]]:
+    """All files below a folder, in order; links to folders last. Of a folder that cannot be read, why."""
+    folders, links, seen = deque([root]), deque[Path](), set[str]()
     while folders:
-        folder = folders.pop(0)
+        folder = folders.popleft()
         if (real := os.path.realpath(folder)) not in seen:
             seen.add(real)
             try:
                 with os.scandir(folder) as entries:
-                    inside = sorted(entries, key=lambda entry: entry.name)
+                    inside = sorted((entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries)
             except OSError as error:
-                problems.append(f"{shown(folder)}: cannot be read ({error.strerror})")
+                yield folder, f"{shown(folder)}: cannot be read ({error.strerror})"
                 inside = []
-            for entry in inside:
-                is_folder = os.path.isdir(entry)  # follows links; a loop of them is none
-                if is_litter(entry.name, folder=is_folder):
+            for name, is_folder, is_link in inside:
+                if is_litter(name, folder=is_folder):
                     continue
-                if not is_folder:
-                    yield folder / entry.name
-                elif entry.is_symlink():
-                    links.append(folder / entry.name)
+                if is_folder:
+                    (links if is_link else folders).append(folder / name)
                 else:
-                    folders.append(folder / entry.name)
+                    yield folder / name, ""
         if not folders:
-            folders, links = links, []
+            folders, links = links, deque()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()  # a loop of links is none
 
 
 def _is_image(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -30,6 +30,7 @@ from cacl.tables import Photos
 from cacl.tagger import weights_of
 from cacl.transforms import normalize
 
+K = TypeVar("K")
 R = TypeVar("R")
 
 _PRESENT = 0.01
@@ -88,12 +89,12 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
 
 def segment_photos(
     net: DeepLabV2,
-    photos: Sequence[Path],
+    photos: Iterable[Path],
     finish: Callable[[int, Pixels, Mask], R],
     settings: Photos = Photos(),
     *,
     crf: bool = True,
-    tags: NDArray[np.float32] | None = None,
+    tags: Iterable[NDArray[np.float32]] | None = None,
     range: Range | None = None,
     machine: Machine = Machine(),
     desc: str = "predict",
@@ -101,7 +102,8 @@ def segment_photos(
     """Masks of photos, one by one.
 
     On a CPU each of the workers, a process of one thread, takes a photo from its file to the end. On a GPU the network
-    runs in this process, and others load photos and do CRFs. Only a few photos are in memory at a time.
+    runs in this process, and others load photos and do CRFs. Only a few photos are in memory at a time, and only a few
+    more are asked for.
 
     Args:
         net: on the machine's device; runs in evaluation mode.
@@ -110,9 +112,9 @@ def segment_photos(
             ``(H, W)`` at the photo's own size: 0, or class + 1. It can be pickled, as can what it returns.
         settings: how large photos are seen, and the CRF.
         crf: draw the masks to the edges of the photo.
-        tags: ``(N, K)`` in [0, 1], how probable it is that a photo shows a class at all: what the network says of the
-            class is multiplied with it, over the largest of the photo's, before the CRF. A class at 0 is nowhere: known
-            tags are zeros and ones. None for nothing known.
+        tags: of each photo ``(K,)`` in [0, 1], how probable it is that it shows a class at all: what the network says
+            of the class is multiplied with it, over the largest of the photo's, before the CRF. A class at 0 is
+            nowhere: known tags are zeros and ones. None for nothing known.
         range: what the values of deep photos span (see :func:`cacl.images.read_image`); by their type if None.
         machine: where ``net`` is; with 0 or 1 workers everything happens in this process.
         desc: title of the progress bar.
@@ -120,18 +122,47 @@ def segment_photos(
     Yields:
         The photo's index, and what ``finish`` returned or why the photo could not be read, in the photos' order.
     """
+    total = len(photos) if isinstance(photos, Sized) else None
+    found = segment_each(net, enumerate(photos), finish, settings, crf=crf, tags=tags, range=range, machine=machine)
+    return iter(watched(found, total=total, desc=desc, progress=machine.progress))
+
+
+def segment_each(
+    net: DeepLabV2,
+    photos: Iterable[tuple[K, Path]],
+    finish: Callable[[K, Pixels, Mask], R],
+    settings: Photos = Photos(),
+    *,
+    crf: bool = True,
+    tags: Iterable[NDArray[np.float32]] | None = None,
+    range: Range | None = None,
+    machine: Machine = Machine(),
+) -> Iterator[tuple[K, R | InputError]]:
+    """:func:`segment_photos` of photos that have a name of any kind, by which ``finish`` and the caller know them."""
     arguments = settings.arguments(machine) if crf and settings.iterations else None
-    if tags is not None and tags.shape != (len(photos), net.num_classes - 1):
-        raise expected("tags", f"an array ({len(photos)}, {net.num_classes - 1})", str(tags.shape))
-    reading, finishing = _Reading(photos, settings.longest, range), _Finishing(finish, arguments, tags)
-    results: Iterator[tuple[int, R | InputError]]
+    items = _items(photos, tags, net.num_classes - 1)
+    reading, finishing = _Reading(settings.longest, range), _Finishing(finish, arguments)
     if torch.device(machine.device).type == "cpu":
-        indices = [index for index, _ in enumerate(photos)]  # `range` is another here
-        results = map_processes(_Whole(net, reading, finishing), indices, workers=machine.workers)
-    else:
-        logits = (_infer(net, photo, machine.device) for photo in load(reading, workers=machine.workers))
-        results = map_processes(finishing, logits, workers=machine.crf_workers)
-    return iter(watched(results, total=len(photos), desc=desc, progress=machine.progress))
+        return map_processes(_Whole(net, reading, finishing), items, workers=machine.workers)
+    logits = (_infer(net, photo, machine.device) for photo in load(reading, keys=items, workers=machine.workers))
+    return map_processes(finishing, logits, workers=machine.crf_workers)
+
+
+class _Item(NamedTuple):
+    key: Any
+    path: Path
+    tags: NDArray[np.float32] | None
+
+
+def _items(
+    photos: Iterable[tuple[K, Path]], tags: Iterable[NDArray[np.float32]] | None, classes: int
+) -> Iterator[_Item]:
+    known = None if tags is None else iter(tags)
+    for key, path in photos:
+        row = None if known is None else next(known, np.empty(0, dtype=np.float32))
+        if row is not None and np.shape(row) != (classes,):
+            raise expected("tags", f"({classes},) for each photo", f"{np.shape(row)} for {path}")
+        yield _Item(key, path, row)
 
 
 class _Photo(NamedTuple):
@@ -143,77 +174,78 @@ class _Photo(NamedTuple):
 
 class _Logits(NamedTuple):
     photo: _Photo
+    tags: NDArray[np.float32] | None
     values: NDArray[np.float32]
     """``(C, h, w)`` at the trunk's stride: no tensor, which other processes would get through the shared memory."""
 
 
-class _Reading(torch.utils.data.Dataset[Any]):
-    """index -> photo, or why it could not be read."""
+@dataclass(frozen=True)
+class _Reading:
+    """item -> its key, and the photo with its tags, or why it could not be read."""
 
-    def __init__(self, photos: Sequence[Path], longest: int, range: Range | None) -> None:
-        self.photos, self.longest, self.range = list(photos), longest, range
+    longest: int
+    range: Range | None
 
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> tuple[int, _Photo | InputError]:
+    def __getitem__(self, item: _Item) -> tuple[Any, tuple[_Photo, NDArray[np.float32] | None] | InputError]:
         try:
-            image = read_image(self.photos[index], self.range)
+            image = read_image(item.path, self.range)
         except InputError as error:
-            return index, error
+            return item.key, error
         height, width = image.shape[-2:]
         if max(height, width) > self.longest:
             scale = self.longest / max(height, width)
             image = views.resize(image, [max(1, round(side * scale)) for side in (height, width)], antialias=True)
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        return index, _Photo(pixels, (height, width))
+        return item.key, (_Photo(pixels, (height, width)), item.tags)
 
 
 @dataclass(frozen=True)
 class _Finishing(Generic[R]):
     """Logits -> what ``finish`` makes of the mask."""
 
-    finish: Callable[[int, Pixels, Mask], R]
+    finish: Callable[[Any, Pixels, Mask], R]
     crf: CRFArguments | None
-    tags: NDArray[np.float32] | None
 
-    def __call__(self, item: tuple[int, _Logits | InputError]) -> tuple[int, R | InputError]:
-        index, logits = item
+    def __call__(self, item: tuple[Any, _Logits | InputError]) -> tuple[Any, R | InputError]:
+        key, logits = item
         if isinstance(logits, InputError):
-            return index, logits
+            return key, logits
         photo, values = logits.photo, torch.from_numpy(logits.values)
-        if self.tags is None:
-            return index, self.finish(index, photo.pixels, mask_of(values, photo.pixels, photo.size, self.crf))
-        weights = F.pad(weights_of(torch.from_numpy(self.tags[index])), (1, 0), value=1.0)
+        if logits.tags is None:
+            return key, self.finish(key, photo.pixels, mask_of(values, photo.pixels, photo.size, self.crf))
+        weights = F.pad(weights_of(torch.from_numpy(logits.tags)), (1, 0), value=1.0)
         known = weights.nonzero()[:, 0]
         values = values[known] + weights[known].log()[:, None, None]
         mask = mask_of(values, photo.pixels, photo.size, self.crf)
-        return index, self.finish(index, photo.pixels, known.numpy().astype(np.uint8)[mask])
+        return key, self.finish(key, photo.pixels, known.numpy().astype(np.uint8)[mask])
 
 
 @dataclass(frozen=True)
 class _Whole(Generic[R]):
-    """index -> what comes of the photo, on a CPU."""
+    """item -> what comes of the photo, on a CPU."""
 
     net: DeepLabV2
     reading: _Reading
     finishing: _Finishing[R]
 
-    def __call__(self, index: int) -> tuple[int, R | InputError]:
-        return self.finishing(_infer(self.net, self.reading[index], "cpu"))
+    def __call__(self, item: _Item) -> tuple[Any, R | InputError]:
+        return self.finishing(_infer(self.net, self.reading[item], "cpu"))
 
 
 def _infer(
-    net: DeepLabV2, item: tuple[int, _Photo | InputError], device: torch.device | str
-) -> tuple[int, _Logits | InputError]:
-    index, photo = item
-    if isinstance(photo, InputError):
-        return index, photo
+    net: DeepLabV2,
+    item: tuple[Any, tuple[_Photo, NDArray[np.float32] | None] | InputError],
+    device: torch.device | str,
+) -> tuple[Any, _Logits | InputError]:
+    key, found = item
+    if isinstance(found, InputError):
+        return key, found
+    photo, tags = found
     image = normalize(torch.from_numpy(photo.pixels).permute(2, 0, 1))[None]
     with torch.no_grad(), evaluating(net):
         logits = net(image.to(device, memory_format=torch.channels_last))
     assert isinstance(logits, Tensor)
-    return index, _Logits(photo, logits[0].float().cpu().numpy())
+    return key, _Logits(photo, tags, logits[0].float().cpu().numpy())
 
 
 def mask_of(logits: Tensor, pixels: Pixels, size: tuple[int, int], crf: CRFArguments | None = None) -> Mask:

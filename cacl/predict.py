@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,19 +17,19 @@ from torch import nn
 
 from cacl._support.answers import check_encoder
 from cacl._support.cores import threads_of_cores, usable_cores
-from cacl._support.distributed import find_device
+from cacl._support.distributed import local_device
 from cacl._support.files import replacing
-from cacl._support.names import without_ending
+from cacl._support.progress import watched
 from cacl._support.values import check_integer, check_span
 from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.constants import Backend, Range
 from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder, load_encoder
-from cacl.errors import InputError, shown
-from cacl.folders import find_photos
+from cacl.errors import InputError
 from cacl.images import Mask, Pixels
-from cacl.photos import Segmenter, load_segmenter, segment_photos
+from cacl.inputs import OVERLAYS, Inputs, Photo, Shard, Survey
+from cacl.photos import Segmenter, load_segmenter, segment_each
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine
@@ -43,8 +45,32 @@ class Predicted(NamedTuple):
     masks: list[Path]
     problems: list[str]
     """A line for each photo that could not be read, and each image that was left out."""
-    others: list[Path]
+    others: int
     """Files of the folders that are no photos, such as texts."""
+    kept: int = 0
+    """Masks that were there already and were left as they are."""
+
+
+class Outcome(NamedTuple):
+    """What became of a photo, or of a file that is none."""
+
+    mask: Path | None
+    """Where its mask is; None if there is none."""
+    problem: str = ""
+    """Why not, in one line."""
+
+
+class Predicting:
+    """Masks in the making: iterate over it, once, for the :class:`Outcome` of each that is not kept."""
+
+    def __init__(self, classes: tuple[str, ...], survey: Survey) -> None:
+        self.classes, self.survey = classes, survey
+        self.kept = 0
+        """Masks that were there already, as far as it has come."""
+        self._outcomes: Iterator[Outcome] = iter(())
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return self._outcomes
 
 
 def predict(
@@ -63,6 +89,7 @@ def predict(
     backbone: nn.Module | None = None,
     encoder: ImageTextEncoder | None = None,
     progress: bool = True,
+    keep: bool = False,
 ) -> Predicted:
     """Write the mask of every photo, a palette PNG of the photo's own size: 0 background, k the k-th class.
 
@@ -87,54 +114,106 @@ def predict(
         backbone: where the segmenter was trained with a backbone that has no name: one such; changed in place.
         encoder: where ``tags`` were learned with an encoder that has no name: that one; put on the device.
         progress: show a progress bar where there is a terminal.
+        keep: leave photos out whose mask is there already, whoever made it.
 
     Returns:
-        The masks that were made, and what was wrong with other photos; one bad file does not stop the rest.
+        The masks, and what was wrong with other photos; one bad file does not stop the rest.
 
     Raises:
         ValueError: if the model cannot be read, there is no photo, or a mask would be written over a photo.
     """
+    made = predict_each(
+        model, photos, out, overlays=overlays, crf=crf, longest=longest, tags=tags, range=range, device=device,
+        workers=workers, backend=backend, backbone=backbone, encoder=encoder, progress=progress, keep=keep,
+        shard=Shard(),
+    )  # fmt: skip
+    outcomes = list(made)
+    masks = [outcome.mask for outcome in outcomes if outcome.mask is not None]
+    problems = [outcome.problem for outcome in outcomes if outcome.problem]
+    return Predicted(made.classes, masks, problems, made.survey.others, made.kept)
+
+
+def predict_each(
+    model: str | os.PathLike[str],
+    photos: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    listed: str | os.PathLike[str] | IO[bytes] | None = None,
+    shard: Shard | None = None,
+    overlays: bool = False,
+    crf: bool = True,
+    longest: int | None = None,
+    tags: bool | None = None,
+    range: Range | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    backend: Backend = "auto",
+    backbone: nn.Module | None = None,
+    encoder: ImageTextEncoder | None = None,
+    progress: bool = True,
+    keep: bool = False,
+) -> Predicting:
+    """:func:`predict` for any number of photos: what becomes of each comes one by one, and little is in memory.
+
+    Args:
+        listed: a file with the path of a photo a line, as seen from the current folder, or an open one; ``a/photo.jpg``
+            becomes ``out/a/photo.png``, and so does ``/a/photo.jpg``.
+        shard: the part of the photos that this process takes; that of :meth:`cacl.inputs.Shard.of_process` if None.
+
+    The other arguments and the errors are those of :func:`predict`. Nothing is made before it is asked for.
+    """
     segmenter, table = open_model(model, backbone=backbone)
-    place = find_device(device, "device")
-    out = Path(out)
-    found, problems, others = _find(photos, out)
-    names = _names(found)
-    targets = [out / f"{name}.png" for name in names]
-    known = {_real(photo): photo for photo, _ in found}
-    pictures = [out / "overlays" / f"{name}.jpg" for name in names] if overlays else None
-    for target in [*targets, *(pictures or ())]:
-        if (photo := known.get(_real(target))) is not None:
-            raise InputError(f"{shown(photo)}: expected another folder `out`: this photo would be replaced")
+    place = local_device(device, "device")
+    out, part = Path(out), Shard.of_process() if shard is None else shard
     check_backend(backend)
     if longest is not None:
         check_integer("longest", longest, 1)
-    cores = usable_cores()
-    machine = Machine(
-        device=place, workers=cores if workers is None else min(workers, cores), progress=progress, crf=backend
-    )
     span = segmenter.range if range is None else check_span(range, "range: ")
-    tagger = None
-    if table.tags if tags is None else tags:
-        tagger = _tagger(Path(model), encoder, machine)
-    seen = [photo for photo, _ in found]
-    results = segment_photos(
-        segmenter.net.to(place),
-        seen,
-        _Writing(targets, pictures, segmenter.classes),
-        table if longest is None else table.model_copy(update={"longest": longest}),
-        crf=crf,
-        tags=None if tagger is None else tagger(seen, range=span, machine=machine),
-        range=span,
-        machine=machine,
-    )
-    made = []
-    with threads_of_cores():
-        for index, result in results:
-            if isinstance(result, InputError):
-                problems.append(str(result))
+    inputs = Inputs(photos, out, listed=listed, shard=part)
+    survey = inputs.survey
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    machine = Machine(
+        device=place, workers=min(cores if workers is None else workers, cores, survey.photos), progress=progress,
+        crf=backend,
+    )  # fmt: skip
+    tagger = _tagger(Path(model), encoder, machine) if (table.tags if tags is None else tags) else None
+    writing = _Writing(out, overlays, segmenter.classes)
+
+    made = Predicting(segmenter.classes, survey)
+    bar = watched(None, total=survey.photos, desc="predict", progress=progress)
+    left_out: deque[Outcome] = deque()
+
+    def wanted() -> Iterator[Photo]:
+        for photo in inputs:
+            if isinstance(photo, str):
+                left_out.append(Outcome(None, photo))
+            elif keep and writing.is_there(photo):
+                made.kept += 1
+                bar.update()
             else:
-                made.append(targets[index])
-    return Predicted(segmenter.classes, made, problems, others)
+                yield photo
+
+    def outcomes() -> Iterator[Outcome]:
+        photos, known = wanted(), None
+        if tagger is not None:
+            photos, same = tee(photos)
+            known = tagger((photo.path for photo in same), range=span, machine=machine)
+        found = segment_each(
+            segmenter.net.to(place), ((photo, photo.path) for photo in photos), writing,
+            table if longest is None else table.model_copy(update={"longest": longest}),
+            crf=crf, tags=known, range=span, machine=machine,
+        )  # fmt: skip
+        with threads_of_cores(), closing(bar):
+            for photo, result in found:
+                yield from left_out
+                left_out.clear()
+                bar.update()
+                failed = isinstance(result, InputError)
+                yield Outcome(None, str(result)) if failed else Outcome(writing.mask(photo))
+            yield from left_out
+
+    made._outcomes = outcomes()
+    return made
 
 
 def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Predict]:
@@ -177,61 +256,28 @@ def _tagger(run: Path, encoder: ImageTextEncoder | None, machine: Machine) -> Ph
     return PhotoTagger(known.tagger, used)
 
 
-def _find(paths: Iterable[str | os.PathLike[str]], out: Path) -> tuple[list[tuple[Path, Path]], list[str], list[Path]]:
-    """Photos with their paths below what was named, each once; a line for what is left out; and the other files."""
-    found: dict[Path, tuple[Path, Path]] = {}
-    problems: list[str] = []
-    others: list[Path] = []
-    for path in map(Path, paths):
-        if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-            there = find_photos(path)
-            # What an earlier call made in this very folder is no photo.
-            photos = [p for p in there.photos if not _real(p).is_relative_to(_real(out))]
-            problems += there.problems
-            others += there.others
-            if not photos:
-                reason = f"besides those in `out`, {out}" if there.photos else "(by the endings that Pillow knows)"
-                problems.append(f"{shown(path)}: no photos here {reason}")
-            for photo in photos:
-                found.setdefault(_real(photo), (photo, photo.relative_to(path)))
-        elif os.path.exists(path):
-            found.setdefault(_real(path), (path, Path(path.name)))
-        else:
-            problems.append(f"{shown(path)}: no such file or folder")
-    if not found:
-        raise InputError("\n".join(problems) or "Expected photos, but none was named.")
-    return list(found.values()), problems, others
-
-
-def _real(path: Path) -> Path:
-    """A path without links; a loop of them, at which ``Path.resolve`` raises an error, stays."""
-    return Path(os.path.realpath(path))
-
-
-def _names(found: Sequence[tuple[Path, Path]]) -> list[Path]:
-    """What each photo's files are called: without its ending, as long as it is the only one of that name."""
-    names = [without_ending(name) for _, name in found]
-    times = Counter(names)
-    names = [short if times[short] == 1 else name for short, (_, name) in zip(names, found, strict=True)]
-    if again := [name for name, count in Counter(names).items() if count > 1]:
-        both = [shown(photo) for (photo, _), name in zip(found, names, strict=True) if name == again[0]]
-        raise InputError(f"{' and '.join(both)}: expected photos of different names; name a folder that holds both")
-    return names
-
-
 @dataclass(frozen=True)
 class _Writing:
     """Writes the mask of a photo, and its overlay."""
 
-    masks: list[Path]
-    overlays: list[Path] | None
+    out: Path
+    overlays: bool
     classes: tuple[str, ...]
 
-    def __call__(self, index: int, pixels: Pixels, mask: Mask) -> None:
-        if self.overlays is not None:
+    def mask(self, photo: Photo) -> Path:
+        return self.out / f"{photo.name}.png"
+
+    def overlay(self, photo: Photo) -> Path:
+        return self.out / OVERLAYS / f"{photo.name}.jpg"
+
+    def is_there(self, photo: Photo) -> bool:
+        return self.mask(photo).is_file() and (not self.overlays or self.overlay(photo).is_file())
+
+    def __call__(self, photo: Photo, pixels: Pixels, mask: Mask) -> None:
+        if self.overlays:
             height, width = pixels.shape[:2]
             seen = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
             picture = legend(overlay(pixels, mask=np.asarray(seen)), mask, self.classes)
-            with replacing(self.overlays[index]) as file:
+            with replacing(self.overlay(photo)) as file:
                 picture.save(file, "JPEG", quality=90)
-        save_mask(self.masks[index], mask)
+        save_mask(self.mask(photo), mask)

@@ -131,13 +131,13 @@ stages.predict.make_predictions(net: DeepLabV2, dataset: Dataset, out: Path, set
     bool = False, tagger: PhotoTagger | None = None, machine: Machine = {Machine}, keep: bool = False) -> None
 stages.tags.train_tagger(encoder: ImageTextEncoder, dataset: Dataset, settings: Tags = {Tags}, *, prompts: PromptSet |
     None = None, machine: Machine = {Machine}) -> PhotoTagger
-photos.segment_photos(net: DeepLabV2, photos: Sequence[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
-    = {Photos}, *, crf: bool = True, tags: NDArray[np.float32] | None = None, range: Range | None = None, machine:
-    Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R | InputError]]
+photos.segment_photos(net: DeepLabV2, photos: Iterable[Path], finish: Callable[[int, Pixels, Mask], R], settings: Photos
+    = {Photos}, *, crf: bool = True, tags: Iterable[NDArray[np.float32]] | None = None, range: Range | None = None,
+    machine: Machine = {Machine}, desc: str = 'predict') -> Iterator[tuple[int, R | InputError]]
 predict.predict(model: str | os.PathLike[str], photos: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *,
     overlays: bool = False, crf: bool = True, longest: int | None = None, tags: bool | None = None, range: Range | None
     = None, device: str = 'auto', workers: int | None = None, backend: Backend = 'auto', backbone: nn.Module | None =
-    None, encoder: ImageTextEncoder | None = None, progress: bool = True) -> Predicted
+    None, encoder: ImageTextEncoder | None = None, progress: bool = True, keep: bool = False) -> Predicted
 crf.dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.floating], *, iterations: int = 10, gaussian:
     tuple[float, float] = (3.0, 3.0), bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0), backend: Backend =
     'auto', device: torch.device | str = 'cpu') -> NDArray[np.float32]

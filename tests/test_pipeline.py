@@ -675,13 +675,14 @@ def test_a_run_and_predict_count_the_same_cores(root, tmp_path, monkeypatch):
         machines.append(machine.workers)
         return iter(())
 
-    monkeypatch.setattr("cacl.predict.segment_photos", spy)
+    monkeypatch.setattr("cacl.predict.segment_each", spy)
     for module in ("cacl.predict", "cacl.runs.session"):
         monkeypatch.setattr(f"{module}.usable_cores", lambda: 3)
-    predict(tmp_path / "out", [root / "images/0.png"], tmp_path / "masks")
-    predict(tmp_path / "out", [root / "images/0.png"], tmp_path / "masks", workers=9)
+    predict(tmp_path / "out", [root / "images"], tmp_path / "masks")
+    predict(tmp_path / "out", [root / "images"], tmp_path / "masks", workers=9)
+    predict(tmp_path / "out", [root / "images/0.png"], tmp_path / "masks")  # one photo needs no process
     session = Session(configure(root, tmp_path / "out", "run.workers=9"))
-    assert [*machines, session.machine.workers] == [3, 3, 3]
+    assert [*machines, session.machine.workers] == [3, 3, 1, 3]
 
 
 def test_another_format_of_data_is_one_line(root, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import atexit
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Lock, active_children
@@ -31,6 +31,7 @@ def load(
     *,
     workers: int,
     batches: Iterator[Any] | None = None,
+    keys: Iterable[Any] | None = None,
     collate: Callable[[Any], Any] | None = None,
     pinned: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -41,9 +42,10 @@ def load(
     where no process can be started, this one does the work.
 
     Args:
-        dataset: with ``[key]``, and with a length unless there are ``batches``.
+        dataset: with ``[key]``, and with a length unless there are ``batches`` or ``keys``.
         workers: number of processes; 0 loads in this one.
         batches: the keys of each batch; every item alone, without.
+        keys: those of the items, where they are not its indices; a few more are asked for than have come.
         collate: makes a batch of a list of items, or something else of an item.
         pinned: for a GPU.
         stop: is asked every few seconds while a batch is waited for, by another thread: whether it no longer is. The
@@ -53,6 +55,8 @@ def load(
         ChildProcessError: if one of the processes dies, or all of them do nothing for a long time.
     """
     grouping: dict[str, Any] = {"batch_size": None} if batches is None else {"batch_sampler": batches}
+    if keys is not None:
+        grouping["sampler"] = keys
     loader: DataLoader[Any] = DataLoader(
         dataset,
         **grouping,
@@ -71,7 +75,7 @@ def load(
             loaded = iter(loader)
     except OSError as error:
         warn_once(f"images are loaded without other processes, as none can be started: {why_not(error)}")
-        yield from load(dataset, workers=0, batches=batches, collate=collate, pinned=pinned)
+        yield from load(dataset, workers=0, batches=batches, keys=keys, collate=collate, pinned=pinned)
         return
     processes = [process for process in active_children() if process not in before]
     _loaders.update(processes)

@@ -11,7 +11,7 @@ from cacl._support.distributed import rank
 
 
 def watched(
-    items: Iterable[Any] | None, *, total: int, desc: str, progress: bool, unit: str = "image", initial: int = 0
+    items: Iterable[Any] | None, *, total: int | None, desc: str, progress: bool, unit: str = "image", initial: int = 0
 ) -> Any:
     """``items`` with a progress bar, or a bar alone that is moved by ``update``; the only place that makes one."""
     hidden = None if progress and rank() == 0 else True

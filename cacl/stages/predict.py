@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,8 +116,8 @@ def trained_tagger(run: Context) -> PhotoTagger | None:
 
 def _tags(
     dataset: Dataset, indices: Sequence[int], labelled: bool, tagger: PhotoTagger | None, machine: Machine
-) -> NDArray[np.float32] | None:
-    """How probable each class is in some images, ``(N, K)``: by their labels, by what the tagger sees, or unknown."""
+) -> Iterable[NDArray[np.float32]] | None:
+    """How probable each class is in each image, ``(K,)``: by its labels, by what the tagger sees, or unknown."""
     if labelled:
         known = np.array([dataset.labels(i).numpy() for i in indices], dtype=np.float32)
         return known.reshape(len(indices), len(dataset.classes))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ class PhotoTagger(NamedTuple):
     encoder: ImageTextEncoder
 
     def __call__(
-        self, photos: Sequence[Path], *, range: Range | None = None, machine: Machine = Machine()
-    ) -> NDArray[np.float32]:
-        """How probable each class is in each photo, ``(N, K)``; 1 for all of a photo that could not be read.
+        self, photos: Iterable[Path], *, range: Range | None = None, machine: Machine = Machine()
+    ) -> Iterator[NDArray[np.float32]]:
+        """How probable each class is in each photo, ``(K,)``, one by one; 1 for all of a photo that cannot be read.
 
         Args:
             photos: files of any size and mode.
@@ -47,23 +48,21 @@ class PhotoTagger(NamedTuple):
             machine: where the encoder is.
         """
         classes, width = self.tagger.weight.shape
-        found = np.ones((len(photos), classes), dtype=np.float32)
-        for index, features in encode_photos(self.encoder, photos, width, range=range, machine=machine):
-            if isinstance(features, Tensor):
-                with torch.no_grad():
-                    found[index] = self.tagger(features.cpu()[None])[0].numpy()
-        return found
+        for features in encode_photos(self.encoder, photos, width, range=range, machine=machine):
+            with torch.no_grad():
+                known = None if isinstance(features, InputError) else self.tagger(features.cpu()[None])[0].numpy()
+            yield np.ones(classes, dtype=np.float32) if known is None else known
 
 
 def encode_photos(
     encoder: ImageTextEncoder,
-    photos: Sequence[Path],
+    photos: Iterable[Path],
     width: int,
     *,
     range: Range | None = None,
     machine: Machine = Machine(),
-) -> Iterator[tuple[int, Tensor | InputError]]:
-    """Features of whole photos, one by one: the index, and ``(D,)`` or why the photo could not be read.
+) -> Iterator[Tensor | InputError]:
+    """Features of whole photos, one by one in their order: ``(D,)``, or why the photo could not be read.
 
     Args:
         encoder: on the machine's device.
@@ -72,12 +71,9 @@ def encode_photos(
         range: what the values of deep photos span; by their type if None.
         machine: where it is computed.
     """
-    squares = load(_Squares(photos, side_of(encoder), range), workers=machine.workers, pinned=machine.on_gpu)
-    for index, square in watched(squares, total=len(photos), desc="tags", progress=machine.progress):
-        if isinstance(square, InputError):
-            yield index, square
-            continue
-        yield index, _encode(encoder, square, width, machine)
+    squares = load(_Squares(side_of(encoder), range), keys=photos, workers=machine.workers, pinned=machine.on_gpu)
+    for square in squares:
+        yield square if isinstance(square, InputError) else _encode(encoder, square, width, machine)
 
 
 def _encode(encoder: ImageTextEncoder, square: Tensor, width: int, machine: Machine) -> Tensor:
@@ -89,21 +85,20 @@ def _encode(encoder: ImageTextEncoder, square: Tensor, width: int, machine: Mach
     return check_image_features(answer, images, width)[0]
 
 
-class _Squares(torch.utils.data.Dataset[Any]):
-    """index -> the photo as an encoder's square, or why it could not be read."""
+@dataclass(frozen=True)
+class _Squares:
+    """A photo's file -> the photo as an encoder's square, or why it could not be read."""
 
-    def __init__(self, photos: Sequence[Path], side: int, range: Range | None) -> None:
-        self.photos, self.side, self.range = list(photos), side, range
+    side: int
+    range: Range | None
 
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | InputError]:
+    def __getitem__(self, photo: Path) -> Tensor | InputError:
         try:
-            image = read_image(self.photos[index], self.range)
+            image = read_image(photo, self.range)
         except InputError as error:
-            return index, error
-        return index, views.resize(image, [self.side, self.side], antialias=True).as_subclass(Tensor)
+            return error
+        square: Tensor = views.resize(image, [self.side, self.side], antialias=True).as_subclass(Tensor)
+        return square
 
 
 def train_tagger(
@@ -133,7 +128,8 @@ def train_tagger(
     photos = shard([entry.image for entry in dataset.entries])
     own = []
     with barrier(), naming_dead_loaders():
-        for _, found in encode_photos(encoder, photos, texts.shape[2], range=dataset.range, machine=machine):
+        squares = encode_photos(encoder, photos, texts.shape[2], range=dataset.range, machine=machine)
+        for found in watched(squares, total=len(photos), desc="tags", progress=machine.progress):
             if isinstance(found, InputError):
                 raise found
             own.append(found.float().cpu())

@@ -1,0 +1,159 @@
+"""What each command of :mod:`cacl.cli` does; what a command needs is imported when it has come that far."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cacl._support.launch import is_first
+from cacl._support.values import check_choice
+from cacl.errors import ElsewhereError, InputError, shown
+
+if TYPE_CHECKING:
+    from cacl.config import Config
+
+_SAID = 20
+"""Problems that are printed; all are in a file."""
+
+
+def _config(options: argparse.Namespace, source: str) -> Config:
+    """What all processes read, and one complains about."""
+    from cacl.config import Config
+
+    quiet = [] if options.progress else ["run.progress=false"]
+    try:
+        return Config.load(source, [*options.set, *quiet], chain=options.chain)
+    except InputError as error:
+        raise error if is_first() else ElsewhereError(str(error)) from None
+
+
+def run(options: argparse.Namespace) -> int:
+    config = _config(options, options.config)
+    stages = [name.strip() for name in options.stages.split(",")] if options.stages else None
+    for name in stages or ():
+        check_choice("stages", name, config.stages)
+    from cacl import pipeline
+
+    if options.dry_run:
+        print(config.to_toml())
+        print("\n".join(pipeline.plan(config, stages, resume=not options.restart)))
+        return 0
+    result = pipeline.run(config, stages=stages, resume=not options.restart)
+    if is_first():
+        print(result.summary())
+        print(f"run folder: {result.out}")
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    from cacl.inputs import Shard
+    from cacl.predict import predict_each
+
+    part = Shard.parse(options.shard) if options.shard else Shard.of_process()
+    made = predict_each(
+        options.model,
+        options.photos,
+        options.out,
+        listed=sys.stdin.buffer if options.list == "-" else options.list,
+        shard=part,
+        keep=options.keep,
+        overlays=options.overlay,
+        crf=not options.no_crf,
+        longest=options.longest,
+        tags=options.tags,
+        range=options.range,
+        device=options.device,
+        workers=options.workers,
+        progress=options.progress,
+    )
+    file = Path(options.out) / ("failures.txt" if part.of == 1 else f"failures-{part.number}-of-{part.of}.txt")
+    file.unlink(missing_ok=True)
+    count = problems = 0
+    for outcome in made:
+        count += not outcome.problem
+        if outcome.problem:
+            problems += 1
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8", errors="surrogateescape") as failures:
+                failures.write(f"{outcome.problem}\n")
+            if problems <= _SAID:
+                print(f"cacl: {outcome.problem}", file=sys.stderr)
+    if problems > _SAID:
+        print(f"cacl: {problems - _SAID} more are in {shown(file)}", file=sys.stderr)
+    named = ", ".join(f"{k} {shown(name)}" for k, name in enumerate(made.classes, start=1))
+    others = made.survey.others if part.number == 1 else 0
+    files = f"other file{'' if others == 1 else 's'}"
+    no_photos = f"; {others} {files}, such as {shown(made.survey.other.name)}" if others and made.survey.other else ""
+    kept = f", {made.kept} kept" if options.keep else ""
+    which = f"part {part.number} of {part.of}: " if part.of > 1 else ""
+    print(f"mask values: 0 background, {named}")
+    print(f"{which}{count} mask{'' if count == 1 else 's'} in {options.out}{kept}, {problems} left out{no_photos}")
+    return 2 if problems else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from cacl.report import report
+
+    path = report(
+        options.run, options.out, ablation=options.ablation, device=options.device, progress=options.progress,
+        chain=options.chain,
+    )  # fmt: skip
+    print(f"report: {path}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from cacl.export import export_segmenter
+    from cacl.predict import open_model
+
+    print(f"segmenter: {export_segmenter(open_model(options.model)[0], Path(options.out))}")
+    return 0
+
+
+def export_voc(options: argparse.Namespace) -> int:
+    from cacl.voc_archive import export_voc
+
+    root, out = Path(options.root), Path(options.out)
+    path = export_voc(
+        Path(options.masks), root, out, split=options.split, competition=options.competition, progress=options.progress
+    )
+    print(f"archive: {path}")
+    return 0
+
+
+def ablate(options: argparse.Namespace) -> int:
+    from cacl.config import split_overrides
+
+    options.set, methods = split_overrides(options.set)
+    config = _config(options, options.config)
+    from cacl import ablate
+
+    config = config.changed({"run": {"out": config.run.out.with_name(f"{config.run.out.name}-ablation")}})
+    paths = ablate.run(
+        config, tables=[name.strip() for name in options.tables.split(",")], seeds=options.seeds, methods=methods
+    )
+    for path in paths if is_first() else ():
+        print(path.read_text(encoding="utf-8"))
+        print(f"table: {path}, {path.with_suffix('.csv')}")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    path = Path(options.path)
+    config = None if path.is_dir() else _config(options, options.path)
+    from cacl.datasets.checking import NOTE, check_folder
+    from cacl.runs.checking import check_config
+
+    if config is None:
+        lines = check_folder(path, range=options.range, progress=options.progress)
+    else:
+        if options.range:
+            config = config.changed({"data": {"range": options.range}})
+        lines = check_config(config, progress=options.progress)
+    for line in lines:
+        print(line)
+    count = sum(not line.startswith(NOTE) for line in lines)
+    print(f"{count} problem{'' if count == 1 else 's'}" if count else "no problems")
+    return 2 if count else 0
