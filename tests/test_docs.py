@@ -60,7 +60,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Commands of the documentation that `cacl` does not have yet; their snippets are not run.
 COMMANDS_TO_COME: tuple[str, ...] = ()
-SLOW = ("docs/how-to/many-gpus.md", "docs/how-to/segmentation.md", "docs/results/ablations.md")
+SLOW = (
+    "docs/how-to/clusters.md",
+    "docs/how-to/many-gpus.md",
+    "docs/how-to/segmentation.md",
+    "docs/results/ablations.md",
+)
 
 LOAD = Config.load
 SMALL = [
@@ -128,9 +133,9 @@ def place(tmp_path, monkeypatch, clip_file):
     get_model = torchvision.models.get_model
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None: get_model("resnet18"))
 
-    def small(source, overrides=(), *, chain=CHAIN):
+    def small(source, overrides=(), *, chain=None):
         LOAD(source, overrides, chain=chain)  # must be right as it stands
-        names = {stage.name for stage in CHAIN} - {stage.name for stage in chain}
+        names = {stage.name for stage in CHAIN} - {stage.name for stage in chain or CHAIN}
         return LOAD(source, [*overrides, *(s for s in SMALL if s.partition(".")[0] not in names)], chain=chain)
 
     monkeypatch.setattr(Config, "load", small)
@@ -175,6 +180,7 @@ def a_tool() -> dict[str, object]:
 
 PREPARED = {
     "docs/concepts/chain.md": arrays,
+    "docs/how-to/clusters.md": a_run,
     "docs/how-to/segmentation.md": a_run,
     "docs/how-to/seeds.md": a_tool,
 }
@@ -198,6 +204,8 @@ def test_snippets(page, place, capsys, monkeypatch):
             scripts.add(snippet.file)  # for a command to run
         elif snippet.language == "python":
             exec(compile(snippet.code, f"a snippet of {name_of(page)}", "exec"), namespace)
+        elif snippet.language == "bash" and snippet.file:
+            pass  # of a scheduler: `tests/test_clusters.py` runs it
         elif snippet.language == "bash":
             for line in snippet.code.splitlines():
                 for command in line.split(" && "):
@@ -231,11 +239,13 @@ def run(words, monkeypatch) -> set[str]:
         monkeypatch.setattr(sys, "argv", [*arguments, *shlex.split(SMALL_EXAMPLE[arguments[0]])])
         runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
     elif program == "torchrun":
-        small = [part for setting in SMALL for part in ("--set", setting)] if "cacl" in arguments else []
+        small = [part for setting in SMALL for part in ("--set", setting)] if "run" in arguments else []
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, *small]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return {word for word in arguments if word.endswith(".py")}
+    elif program == "sbatch":
+        assert all(Path(argument).is_file() for argument in arguments)
     else:
         pytest.fail(f"no test knows the command {program!r}")
     return set()
@@ -283,10 +293,10 @@ def test_commands_in_the_text_exist():
 
 
 def test_files_that_pages_show_are_run():
-    tested = (ROOT / "tests/test_examples.py").read_text(encoding="utf-8")
+    tested = "".join((ROOT / f"tests/test_{name}.py").read_text(encoding="utf-8") for name in ("clusters", "examples"))
     shown = [name for page in PAGES for name in re.findall(r"<!-- file: (\S+) -->", page.read_text(encoding="utf-8"))]
-    assert len(shown) == 2
-    assert all((ROOT / name).is_file() and f'"{Path(name).name}"' in tested for name in shown)
+    assert len(shown) == 3
+    assert all((ROOT / name).is_file() and f'{Path(name).name}"' in tested for name in shown)
 
 
 def test_quick_start_is_short():

@@ -21,7 +21,7 @@ def example(name, *arguments, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize(("name", "most"), [("train_voc.py", 100), ("drop_in.py", 60)])
+@pytest.mark.parametrize(("name", "most"), [("train_voc.py", 100), ("drop_in.py", 60), ("ray_predict.py", 40)])
 def test_examples_stay_short(name, most):
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= most
 
