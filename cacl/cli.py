@@ -138,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         "--no-tags", action="store_const", const=False, dest="tags", help="the network's classes alone"
     )
     predict.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one)")
+    predict.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="what the network computes in (default: bf16 where the device has it)",
+    )  # fmt: skip
     predict.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     predict.set_defaults(command=commands.predict)
 

@@ -66,6 +66,7 @@ def predict(options: argparse.Namespace) -> int:
         range=options.range,
         device=options.device,
         workers=options.workers,
+        precision=options.precision,
         progress=options.progress,
     )
     file = Path(options.out) / ("failures.txt" if part.of == 1 else f"failures-{part.number}-of-{part.of}.txt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from cacl.errors import InputError, InputTypeError, expected
 
 _SMALLEST = 1e-5
 """No probability counts as less than this."""
+
+
+class CRFArguments(TypedDict):
+    """What :class:`cacl.crf.DenseCRF` and its calls take."""
+
+    gaussian: tuple[float, float]
+    bilateral: tuple[float, float, float]
+    iterations: int
+    backend: Backend
+    device: torch.device | str
 
 
 class DenseCRF:

@@ -21,11 +21,11 @@ from cacl._support.surroundings import building
 from cacl._support.values import check_span
 from cacl._support.weights import evaluating, load_state, load_weights, save_state
 from cacl.constants import IGNORE, Range
-from cacl.crf import dense_crf
+from cacl.crf import CRFArguments, dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError, expected
 from cacl.images import Mask, Pixels, read_image
-from cacl.settings import CRFArguments, Machine
+from cacl.settings import Machine
 from cacl.tables import Photos
 from cacl.tagger import weights_of
 from cacl.transforms import normalize
@@ -143,8 +143,8 @@ def segment_each(
     items = _items(photos, tags, net.num_classes - 1)
     reading, finishing = _Reading(settings.longest, range), _Finishing(finish, arguments)
     if torch.device(machine.device).type == "cpu":
-        return map_processes(_Whole(net, reading, finishing), items, workers=machine.workers)
-    logits = (_infer(net, photo, machine.device) for photo in load(reading, keys=items, workers=machine.workers))
+        return map_processes(_Whole(net, machine, reading, finishing), items, workers=machine.workers)
+    logits = (_infer(net, photo, machine) for photo in load(reading, keys=items, workers=machine.workers))
     return map_processes(finishing, logits, workers=machine.crf_workers)
 
 
@@ -225,25 +225,26 @@ class _Whole(Generic[R]):
     """item -> what comes of the photo, on a CPU."""
 
     net: DeepLabV2
+    machine: Machine
     reading: _Reading
     finishing: _Finishing[R]
 
     def __call__(self, item: _Item) -> tuple[Any, R | InputError]:
-        return self.finishing(_infer(self.net, self.reading[item], "cpu"))
+        return self.finishing(_infer(self.net, self.reading[item], self.machine))
 
 
 def _infer(
     net: DeepLabV2,
     item: tuple[Any, tuple[_Photo, NDArray[np.float32] | None] | InputError],
-    device: torch.device | str,
+    machine: Machine,
 ) -> tuple[Any, _Logits | InputError]:
     key, found = item
     if isinstance(found, InputError):
         return key, found
     photo, tags = found
     image = normalize(torch.from_numpy(photo.pixels).permute(2, 0, 1))[None]
-    with torch.no_grad(), evaluating(net):
-        logits = net(image.to(device, memory_format=torch.channels_last))
+    with torch.no_grad(), evaluating(net), machine.autocast():
+        logits = net(image.to(machine.device, memory_format=torch.channels_last))
     assert isinstance(logits, Tensor)
     return key, _Logits(photo, tags, logits[0].float().cpu().numpy())
 

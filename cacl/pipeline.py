@@ -208,6 +208,7 @@ def _planned_key(session: Session, stage: Stage[Any]) -> str | None:
 
 def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     """Check settings and data before the first step, and write down the configuration."""
+    session.precision = rank_zero(lambda: session.precision)  # which may have another processor
     with barrier():
         _ = session.datasets
     notes = rank_zero(lambda: check_lists_of(session))
@@ -243,7 +244,8 @@ def _check_data(session: Session, notes: Sequence[str]) -> None:
     if read_json(path) != session.fingerprints:
         for note in dict.fromkeys([*notes, *check_files_of(session)]):
             logger.warning("%s", note)
-    write_text(session.out / "config.toml", session.config.to_toml(session.out))
+    decided = session.config.changed({"run": {"precision": session.precision}})
+    write_text(session.out / "config.toml", decided.to_toml(session.out))
     write_json(path, session.fingerprints)
 
 

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from cacl._support.answers import check_encoder
 from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import local_device
 from cacl._support.files import replacing
+from cacl._support.precision import native_precision
 from cacl._support.progress import watched
 from cacl._support.values import check_integer, check_span
 from cacl.artifacts import save_mask
@@ -32,7 +33,7 @@ from cacl.inputs import OVERLAYS, Inputs, Photo, Shard, Survey
 from cacl.photos import Segmenter, load_segmenter, segment_each
 from cacl.pictures import legend, overlay
 from cacl.runs.folder import RunFolder
-from cacl.settings import Machine
+from cacl.settings import Machine, Precision
 from cacl.stages.tags import PhotoTagger, load_tagger
 from cacl.tables import Predict
 
@@ -90,6 +91,7 @@ def predict(
     encoder: ImageTextEncoder | None = None,
     progress: bool = True,
     keep: bool = False,
+    precision: Precision | Literal["auto"] = "auto",
 ) -> Predicted:
     """Write the mask of every photo, a palette PNG of the photo's own size: 0 background, k the k-th class.
 
@@ -115,6 +117,7 @@ def predict(
         encoder: where ``tags`` were learned with an encoder that has no name: that one; put on the device.
         progress: show a progress bar where there is a terminal.
         keep: leave photos out whose mask is there already, whoever made it.
+        precision: what the network computes in; ``"auto"`` is bf16 where the device has it natively, and else fp32.
 
     Returns:
         The masks, and what was wrong with other photos; one bad file does not stop the rest.
@@ -125,7 +128,7 @@ def predict(
     made = predict_each(
         model, photos, out, overlays=overlays, crf=crf, longest=longest, tags=tags, range=range, device=device,
         workers=workers, backend=backend, backbone=backbone, encoder=encoder, progress=progress, keep=keep,
-        shard=Shard(),
+        precision=precision, shard=Shard(),
     )  # fmt: skip
     outcomes = list(made)
     masks = [outcome.mask for outcome in outcomes if outcome.mask is not None]
@@ -152,6 +155,7 @@ def predict_each(
     encoder: ImageTextEncoder | None = None,
     progress: bool = True,
     keep: bool = False,
+    precision: Precision | Literal["auto"] = "auto",
 ) -> Predicting:
     """:func:`predict` for any number of photos: what becomes of each comes one by one, and little is in memory.
 
@@ -174,7 +178,7 @@ def predict_each(
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     machine = Machine(
         device=place, workers=min(cores if workers is None else workers, cores, survey.photos), progress=progress,
-        crf=backend,
+        crf=backend, precision=native_precision(place) if precision == "auto" else precision,
     )  # fmt: skip
     tagger = _tagger(Path(model), encoder, machine) if (table.tags if tags is None else tags) else None
     writing = _Writing(out, overlays, segmenter.classes)

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,8 @@ from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 if TYPE_CHECKING:
     import torch
+
+    from cacl.crf import CRFArguments
 
 
 class Mark(enum.Enum):
@@ -130,16 +132,6 @@ class Training(Table):
     """Range of the longer side over ``crop``."""
 
 
-class CRFArguments(TypedDict):
-    """What :class:`cacl.crf.DenseCRF` and its calls take."""
-
-    gaussian: tuple[float, float]
-    bilateral: tuple[float, float, float]
-    iterations: int
-    backend: Backend
-    device: torch.device | str
-
-
 class CRF(Table):
     """What every stage with a CRF has (see :class:`cacl.crf.DenseCRF`)."""
 
@@ -172,8 +164,9 @@ class Run(Table):
     """Of everything that is random."""
     device: str = "auto"
     """A torch device; ``"auto"`` takes a GPU if there is one."""
-    precision: Precision = "fp32"
-    """What networks that are trained compute in."""
+    precision: Precision | Literal["auto"] = "auto"
+    """What networks compute in; ``"auto"`` is bf16 where the device has it natively and else fp32, decided when the run
+    begins: its ``config.toml`` has it."""
     workers: Count = 2
     """Processes that load images, at most one a core; changes nothing in the result."""
     checkpoint_seconds: Weight = 60.0
@@ -269,7 +262,7 @@ class Machine:
     Args:
         device: where networks are.
         workers: processes that load images or take one each; 0 does everything in this one.
-        precision: what networks that are trained compute in: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
+        precision: what networks compute in: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
         progress: show progress bars where there is a terminal.
         crf: backend of the CRFs: ``"auto"``, ``"pydensecrf"``, ``"torch"``.
     """
@@ -283,6 +276,13 @@ class Machine:
     @property
     def on_gpu(self) -> bool:
         return str(self.device).partition(":")[0] == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        """Where networks that are not trained compute."""
+        import torch
+
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=self.precision != "fp32")
 
     @property
     def crf_on_gpu(self) -> bool:

@@ -137,7 +137,8 @@ photos.segment_photos(net: DeepLabV2, photos: Iterable[Path], finish: Callable[[
 predict.predict(model: str | os.PathLike[str], photos: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *,
     overlays: bool = False, crf: bool = True, longest: int | None = None, tags: bool | None = None, range: Range | None
     = None, device: str = 'auto', workers: int | None = None, backend: Backend = 'auto', backbone: nn.Module | None =
-    None, encoder: ImageTextEncoder | None = None, progress: bool = True, keep: bool = False) -> Predicted
+    None, encoder: ImageTextEncoder | None = None, progress: bool = True, keep: bool = False,
+    precision: Precision | Literal['auto'] = 'auto') -> Predicted
 crf.dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.floating], *, iterations: int = 10, gaussian:
     tuple[float, float] = (3.0, 3.0), bilateral: tuple[float, float, float] = (50.0, 5.0, 10.0), backend: Backend =
     'auto', device: torch.device | str = 'cpu') -> NDArray[np.float32]

@@ -168,7 +168,7 @@ def test_no_room_is_too_full():
         (random_walk.propagate, Masks()),
         (random_walk.spread, Masks()),
         (training.Loop, Training(epochs=1, lr=0, schedule="cosine")),
-        (training.Loop, Run()),
+        (training.Loop, Run(precision="fp32")),  # which is decided when a run begins
         (log.Journal, Run()),
         (transforms.RandomView, Training(epochs=1, lr=0, schedule="cosine")),
         (criterion.CACLLoss, CACL()),

@@ -14,12 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cacl.errors import first_line
+
+logger = logging.getLogger("cacl")
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, bytearray, slice, range, type(...), PurePath, enum.Enum,
@@ -219,3 +223,27 @@ def _is_data(value: object) -> bool:
 
 def _name(kind: Any) -> str:
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def identity_or_new(given: object, argument: str, *, trained: bool) -> str:
+    """:func:`identity` of what was given as an argument; where that cannot be known, it is another in every process."""
+    try:
+        return identity(given, trained=trained)
+    except UnknownError as error:
+        logger.warning(
+            "%s: what it gives is done again in every process, since a %s cannot be told from another one: %s. "
+            "Give it an attribute `key`, a text that changes whenever its results do.", argument,
+            type(given).__name__, error,
+        )  # fmt: skip
+        return _new(given)
+
+
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Of objects that nothing tells apart; in this process they are themselves."""
+
+
+def _new(thing: object) -> str:
+    try:
+        return _names.setdefault(thing, uuid4().hex)
+    except TypeError:  # no hash, or nothing can refer to it weakly
+        return uuid4().hex

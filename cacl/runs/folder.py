@@ -7,10 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cacl._support.files import read_json, write_json
+from cacl._support.toml import read_toml
+from cacl.errors import InputError
 from cacl.log import Log, Record, keep_costs
+from cacl.settings import Precision
 from cacl.stages.score import Score
 from cacl.stages.stage import Stage
 
@@ -41,6 +44,15 @@ class RunFolder:
     def costs(self) -> Path:
         """Of the stages: ``times.json``."""
         return self.path / "times.json"
+
+    @property
+    def precision(self) -> Precision | None:
+        """What its networks have computed in, by its ``config.toml``; None where that is not there, or says nothing."""
+        try:
+            known = read_toml(self.path / "config.toml")["run"]["precision"]
+        except (InputError, LookupError, TypeError):
+            return None
+        return known if known in get_args(Precision) else None
 
     def state(self, stage: str) -> State:
         """How far a stage is."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
-from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,7 +16,8 @@ from cacl import scenes
 from cacl._support.answers import check_given
 from cacl._support.cores import usable_cores
 from cacl._support.distributed import local_device, local_rank_zero_first, local_world_size, rank_zero
-from cacl._support.identity import UnknownError, identity
+from cacl._support.identity import identity_or_new
+from cacl._support.precision import native_precision
 from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved, check_takes_part, copied, load_state, load_weights
 from cacl.config import Config
@@ -27,26 +25,13 @@ from cacl.datasets import FORMATS, Dataset, open_dataset
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError
 from cacl.runs.folder import RunFolder
-from cacl.settings import CAMNetwork, Encoder, Machine, Scenes, Table
+from cacl.settings import CAMNetwork, Encoder, Machine, Precision, Scenes, Table
 from cacl.stages.chain import Chain, stage_of
 from cacl.stages.stage import Stage
-
-logger = logging.getLogger("cacl")
 
 Made = TypeVar("Made")
 Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T", bound=Table)
-
-
-_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""Of objects that nothing tells apart; in this process they are themselves."""
-
-
-def _nameless(thing: object) -> str:
-    try:
-        return _names.setdefault(thing, uuid4().hex)
-    except TypeError:  # no hash, or nothing can refer to it weakly
-        return uuid4().hex
 
 
 class NotDrawnError(InputError):
@@ -99,14 +84,24 @@ class Session:
         return self.config.run.seed
 
     @cached_property
+    def _device(self) -> torch.device | str:
+        return "cpu" if self.planning else local_device(self.config.run.device, "[run] device")  # it may not be there
+
+    @cached_property
+    def precision(self) -> Precision:
+        """That of the configuration; where it is ``"auto"``, what the run has been begun in, or what the device has."""
+        chosen = self.config.run.precision
+        begun = self.files.precision if chosen == "auto" else chosen
+        return begun or native_precision(self._device)
+
+    @cached_property
     def machine(self) -> Machine:
-        run = self.config.run
         return Machine(
-            device="cpu" if self.planning else local_device(run.device, "[run] device"),  # which may not be there
-            workers=min(run.workers, max(1, usable_cores() // local_world_size())),
-            precision=run.precision,
-            progress=run.progress,
-            crf=run.crf,
+            device=self._device,
+            workers=min(self.config.run.workers, max(1, usable_cores() // local_world_size())),
+            precision=self.precision,
+            progress=self.config.run.progress,
+            crf=self.config.run.crf,
         )
 
     # Tables and stages
@@ -166,15 +161,7 @@ class Session:
                 "backbone": self.given_backbone,
                 "criterion": self.given_criterion,
             }[argument]
-            try:
-                found = "" if given is None else identity(given, trained=argument == "backbone")
-            except UnknownError as error:
-                logger.warning(
-                    "%s: what it gives is done again in every process, since a %s cannot be told from another one: %s. "
-                    "Give it an attribute `key`, a text that changes whenever its results do.", argument,
-                    type(given).__name__, error,
-                )  # fmt: skip
-                found = _nameless(given)
+            found = "" if given is None else identity_or_new(given, argument, trained=argument == "backbone")
             self._identities[argument] = found
         return self._identities[argument]
 
@@ -229,9 +216,7 @@ class Session:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of the data sets, with their masks, as this run found them."""
-        return rank_zero(
-            lambda: {role: dataset.fingerprint(masks=True) for role, dataset in self.datasets.items()}
-        )  # fmt: skip
+        return rank_zero(lambda: {role: each.fingerprint(masks=True) for role, each in self.datasets.items()})
 
     # Networks and other large objects
 

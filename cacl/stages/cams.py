@@ -87,7 +87,8 @@ def predict_cams(
         classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64, device="cpu")
         size = map_size(image.shape[1:])
         photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
-        maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]
+        with machine.autocast():
+            maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]
         yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())
 
 

@@ -71,7 +71,9 @@ def walk_cams(
             if net is None:
                 walked = walk_colours(found, photo[0], settings)
             else:
-                walked = walk(found, net.predict(photo)[0], settings)
+                with machine.autocast():
+                    edges = net.predict(photo)[0]
+                walked = walk(found, edges, settings)
             save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 

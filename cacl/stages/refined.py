@@ -17,13 +17,14 @@ from cacl._support.pool import map_processes
 from cacl._support.progress import watched
 from cacl.artifacts import cams_of, save_mask, to_make
 from cacl.constants import BACKGROUND_SCORE
+from cacl.crf import CRFArguments
 from cacl.datasets import Dataset
 from cacl.errors import InputError
 from cacl.images import Mask
 from cacl.metrics import ConfusionMatrix
 from cacl.mining import refine_maps
 from cacl.seeds import snapped
-from cacl.settings import CRF, CRFArguments, Machine
+from cacl.settings import CRF, Machine
 
 
 def write_labels(
