@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
+from cacl._support.clock import timed
 from cacl._support.distributed import rank_zero, shard
 from cacl._support.files import replacing
 from cacl._support.weights import check_inflated
@@ -57,12 +58,14 @@ def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int
     return list(shard(rank_zero(missing) if keep else range(len(dataset))))
 
 
+@timed("files")
 def save_cams(path: Path, cams: ImageCAMs) -> None:
     """Write a file that :func:`load_cams` reads."""
     with replacing(path) as file:
         np.savez_compressed(file, classes=cams.classes, maps=cams.maps)
 
 
+@timed("files")
 def load_cams(path: Path, num_classes: int) -> ImageCAMs:
     """Read a file of :func:`save_cams`, such as :func:`cacl.stages.cams.make_cams` leaves.
 
@@ -92,6 +95,7 @@ def load_cams(path: Path, num_classes: int) -> ImageCAMs:
     return ImageCAMs(classes.astype(np.int64), maps)
 
 
+@timed("files")
 def save_mask(path: Path, mask: Mask) -> None:
     """Write ``(H, W)`` as a palette PNG with VOC's colours."""
     image = Image.fromarray(mask)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cacl._support.checks import as_array
+from cacl._support.clock import timed
 from cacl._support.permutohedral import GaussianFilter
 from cacl._support.values import check_choice, check_integer, check_range
 from cacl.constants import BILATERAL, GAUSSIAN, ITERATIONS, Backend
@@ -73,6 +74,7 @@ class DenseCRF:
         self.gaussian, self.bilateral, self.device = gaussian, bilateral, device
         self._with_labels: dict[int, Any] = {}
 
+    @timed("crf")
     def __call__(self, probabilities: NDArray[np.floating], *, iterations: int = ITERATIONS) -> NDArray[np.float32]:
         """Mean field.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import tv_tensors
 
+from cacl._support.clock import timed
 from cacl._support.pillow import opened, orientation
 from cacl._support.values import check_span
 from cacl.constants import IGNORE, Range
@@ -56,6 +57,7 @@ _TURNS = {
 """EXIF's orientation -> what makes the photo upright."""
 
 
+@timed("photos")
 def read_image(path: Path, range: Range | None = None) -> tv_tensors.Image:
     """Decode an image of any mode and orientation to ``(3, H, W)`` uint8 RGB; the first of several in one file.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cacl._support.clock import spent
 from cacl._support.distributed import rank
 from cacl._support.files import naming, read_json, to_json, write_json, write_text
 
@@ -93,7 +94,8 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
     """Add up in ``path`` the seconds that a stage takes over all its stops, and the peak memory in it, of rank 0.
 
     Args:
-        path: ``times.json``: stage -> ``seconds``, and ``memory_mb`` where the system says it.
+        path: ``times.json``: stage -> ``seconds``, of which so many for each of :data:`cacl._support.clock.KINDS`, and
+            ``memory_mb`` where the system says it.
         stage: the stage.
         again: begin at 0.
 
@@ -103,12 +105,15 @@ def measured(path: Path, stage: str, *, again: bool) -> Iterator[dict[str, float
     known = None if again else read_json(path).get(stage)
     numbers = {k: v for k, v in known.items() if isinstance(v, int | float)} if isinstance(known, dict) else {}
     cost: dict[str, float] = {"seconds": 0.0, **numbers}
-    start = time.monotonic()
+    start, before = time.monotonic(), spent()
     with suppress(OSError):  # Linux only; the high-water mark begins anew
         Path("/proc/self/clear_refs").write_text("5")
 
     def add() -> None:
         cost["seconds"] = round(cost["seconds"] + time.monotonic() - start, 2)
+        for kind, seconds in spent(before).items():
+            if (whole := round(cost.get(kind, 0.0) + seconds, 2)) > 0:
+                cost[kind] = whole
         if (peak := _peak_mb()) is not None:
             cost["memory_mb"] = max(peak, cost.get("memory_mb", 0.0))
         if rank() == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as views
 
+from cacl._support.clock import timed
 from cacl._support.loaders import load
 from cacl._support.pool import map_processes
 from cacl._support.progress import watched
@@ -158,11 +159,15 @@ def _items(
     photos: Iterable[tuple[K, Path]], tags: Iterable[NDArray[np.float32]] | None, classes: int
 ) -> Iterator[_Item]:
     known = None if tags is None else iter(tags)
-    for key, path in photos:
-        row = None if known is None else next(known, np.empty(0, dtype=np.float32))
-        if row is not None and np.shape(row) != (classes,):
-            raise expected("tags", f"({classes},) for each photo", f"{np.shape(row)} for {path}")
-        yield _Item(key, path, row)
+    try:
+        for key, path in photos:
+            row = None if known is None else next(known, np.empty(0, dtype=np.float32))
+            if row is not None and np.shape(row) != (classes,):
+                raise expected("tags", f"({classes},) for each photo", f"{np.shape(row)} for {path}")
+            yield _Item(key, path, row)
+    finally:
+        if isinstance(known, Generator):  # nobody asks for what comes after the last: its processes end now
+            known.close()
 
 
 class _Photo(NamedTuple):
@@ -243,10 +248,10 @@ def _infer(
         return key, found
     photo, tags = found
     image = normalize(torch.from_numpy(photo.pixels).permute(2, 0, 1))[None]
-    with torch.no_grad(), evaluating(net), machine.autocast():
+    with timed("network"), torch.no_grad(), evaluating(net), machine.autocast():
         logits = net(image.to(machine.device, memory_format=torch.channels_last))
-    assert isinstance(logits, Tensor)
-    return key, _Logits(photo, tags, logits[0].float().cpu().numpy())
+        assert isinstance(logits, Tensor)
+        return key, _Logits(photo, tags, logits[0].float().cpu().numpy())
 
 
 def mask_of(logits: Tensor, pixels: Pixels, size: tuple[int, int], crf: CRFArguments | None = None) -> Mask:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cacl._support.checkpoint import restore
+from cacl._support.clock import timed
 from cacl._support.distributed import barrier, gather, rank, rank_zero, world_size
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.parallel import distributed
@@ -203,14 +204,15 @@ def train(
             factor = _SCHEDULES[loop.schedule](number / steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            with generator_alone:
-                torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
-                with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
-                    terms = run(batch)
-                scaler.scale(terms["loss"]).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            with timed("network"):
+                optimizer.zero_grad(set_to_none=True)
+                with generator_alone:
+                    torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
+                    with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
+                        terms = run(batch)
+                    scaler.scale(terms["loss"]).backward()
+                scaler.step(optimizer)
+                scaler.update()
             now, done = time.monotonic(), number + 1
             record = {
                 "stage": name,

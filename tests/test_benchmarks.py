@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -209,3 +210,34 @@ def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path, spli
         assert found[name]["pseudo"] == known > 0
         assert found[name]["true"] == pytest.approx(known, abs=1e-6)  # metrics.json has six digits
         assert found[name]["share"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_what_a_gpu_will_run_runs_through(tmp_path):
+    command = ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "out", "--small"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = ("machine", "step", "inference", "walk", "crf", "stages", "chain")
+    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == set(parts)
+    table = (tmp_path / "out/table.md").read_text()
+    assert all(f"## {part}\n" in table for part in parts)
+    assert "| ratios / cacl/encoder |" in table
+    inference = json.loads((tmp_path / "out/inference.json").read_text())
+    for name in ("CAMs", "segmenter"):
+        assert inference[name]["same_pixels"] > 0.99
+        assert inference[name]["fp32_ms"] > 0
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ncase "$1" in *walk.py) exit 3 ;; esac\nexec "{sys.executable}" "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "out", "--small"]
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "walk: exit code 3" in done.stdout
+    assert (tmp_path / "out/chain.json").is_file()

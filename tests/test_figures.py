@@ -138,7 +138,15 @@ def test_stage_costs_says_time_and_memory_as_people_do():
     assert len(figure.axes) == 2
     shown = texts(figure)
     assert all(text in shown for text in ("41 s", "1.7 h", "3.2 min", "812 MB", "warm-up", "CA-CL"))
+    assert not figure.legends
     assert len(stage_costs({"warmup": {"seconds": 1.0}}).axes) == 1
+    split = stage_costs(
+        {"warmup": {"seconds": 10.0, "photos": 2.0, "network": 7.0}, "irn": {"seconds": 4.0, "crf": 4.1}}
+    )
+    bars = [[round(bar.get_width(), 1) for bar in bars] for bars in split.axes[0].containers]
+    assert bars == [[2.0, 0.0], [7.0, 0.0], [0.0, 4.1], [1.0, 0.0]]
+    labels = [text.get_text() for text in split.legends[0].get_texts()]
+    assert labels == ["waiting for photos", "network", "CRF", "everything else"]
     with pytest.raises(ValueError, match="Expected argument `costs`"):
         stage_costs({})
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from cacl._support.clock import timed
 from cacl._support.signals import Interrupts
 from cacl._support.waiting import POLL, Patience, warn_once, why_not
 
@@ -83,7 +84,7 @@ def load(
     try:
         while True:
             try:
-                with watch, naming_dead_loaders():
+                with watch, naming_dead_loaders(), timed("photos"):
                     item = _next(loaded, processes)
             except StopIteration:
                 return

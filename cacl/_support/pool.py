@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cacl._support.clock import add, spent
 from cacl._support.signals import Interrupts
 from cacl._support.values import check_integer
 from cacl._support.waiting import POLL, Patience, warn_once, why_not
@@ -82,15 +83,16 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         yield from map(function, chain(first, rest))
         return
 
-    def submit(item: T) -> Future[R]:
+    def submit(item: T) -> Future[tuple[R, dict[str, float]]]:
         with Interrupts():  # a process that is half started would be nobody's
             return pool.submit(_call, item)
 
-    flying: deque[Future[R]] = deque()
+    flying: deque[Future[tuple[R, dict[str, float]]]] = deque()
     try:
         flying.extend(map(submit, first))
         while flying:
-            result = _result(flying.popleft(), context)
+            result, times = _result(flying.popleft(), context)
+            add(times, 1 / workers)
             flying.extend(map(submit, islice(rest, 1)))
             yield result
     except InputError as error:
@@ -104,7 +106,7 @@ def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
         _end(pool, context)
 
 
-def _result(future: Future[R], context: _Context) -> R:
+def _result(future: Future[T], context: _Context) -> T:
     patience = Patience(process.pid for process in context.started)
     while not wait([future], POLL).done:
         patience.check("work on images")
@@ -248,11 +250,13 @@ def _end_with_parent() -> None:
 
 
 def _call(item: Any) -> Any:
+    """The result, and what it took."""
     global _function, _task
+    before = spent()
     if _function is None:  # here and not in `_prepare`, so that an error reaches the caller
         assert _task is not None
         _function, _task = pickle.loads(_task), None
-    return _function(item)
+    return _function(item), spent(before)
 
 
 def _end_tracker() -> None:

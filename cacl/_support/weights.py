@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cacl._support.clock import timed
 from cacl._support.files import replacing
 from cacl._support.unwrapped import one_state
 from cacl.errors import InputError, first_line
@@ -21,6 +22,7 @@ from cacl.errors import InputError, first_line
 Network = TypeVar("Network", bound=nn.Module)
 
 
+@timed("files")
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Save tensors, numbers and strings in dicts and lists; the same state gives the same bytes."""
     with replacing(path) as file:

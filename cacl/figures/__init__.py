@@ -8,6 +8,7 @@ from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cacl._support.clock import KINDS
 from cacl.errors import expected
 from cacl.figures.grid import photo_grid as photo_grid
 from cacl.figures.style import (
@@ -27,6 +28,7 @@ from cacl.figures.style import (
 from cacl.stages.chain import CHAIN
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _CLASSES_A_ROW = 21
@@ -250,10 +252,11 @@ def selection_curves(records: Sequence[Mapping[str, Any]], *, templates: Sequenc
 
 @styled
 def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str, str] | None = None) -> Figure:
-    """Time and peak memory of each stage as horizontal bars.
+    """Time and peak memory of each stage as horizontal bars, the time in parts where these are known.
 
     Args:
-        costs: as in ``times.json``: stage -> ``seconds``, and ``memory_mb`` in megabytes where it is known.
+        costs: as in ``times.json``: stage -> ``seconds``, of which so many for ``photos``, ``network``, ``walk``,
+            ``crf`` and ``files``, and ``memory_mb`` in megabytes.
         titles: stage -> what it is called; as CA-CL's stages are by default.
     """
     keys = [key for key in ("seconds", "memory_mb") if any(key in cost for cost in costs.values())]
@@ -264,7 +267,10 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
     for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
         values = [float(cost.get(key, math.nan)) for cost in costs.values()]
         longest = max((value for value in values if value == value), default=1.0) or 1.0
-        axes.barh(range(len(values)), values, 0.62, color=SERIES[0 if key == "seconds" else 2])
+        if key == "seconds" and (kinds := [kind for kind in KINDS if any(kind in cost for cost in costs.values())]):
+            _add_parts(axes, costs, kinds)
+        else:
+            axes.barh(range(len(values)), values, 0.62, color=SERIES[0 if key == "seconds" else 2])
         for y, value in enumerate(values):
             if value == value:
                 text = duration(value) if key == "seconds" else memory(value)
@@ -274,7 +280,20 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
         axes.grid(visible=False)
         axes.set_yticks(range(len(values)), [_title(stage, titles) for stage in costs])
         axes.tick_params("y", labelcolor=INK)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower left", ncols=len(KINDS) + 1, columnspacing=1.2)
     return figure
+
+
+def _add_parts(axes: Axes, costs: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> None:
+    # One part after the other; what remains comes last.
+    begin = [0.0] * len(costs)
+    for number, kind in enumerate([*kinds, "else"]):
+        rest = [max(0.0, cost.get("seconds", 0.0) - start) for cost, start in zip(costs.values(), begin, strict=True)]
+        parts = rest if kind == "else" else [cost.get(kind, 0.0) for cost in costs.values()]
+        colour, name = SERIES[-1 if kind == "else" else number], KINDS.get(kind, "everything else")
+        axes.barh(range(len(costs)), parts, 0.62, left=begin, color=colour, label=name)
+        begin = [start + part for start, part in zip(begin, parts, strict=True)]
 
 
 def _title(stage: str, titles: Mapping[str, str] | None) -> str:

@@ -229,7 +229,11 @@ def costs(session: Session) -> Section:
     }
     if any("seconds" in cost for cost in times.values()):
         total = duration(sum(cost.get("seconds", 0.0) for cost in times.values()))
-        about = f"{total} in all. Memory is the peak of the main process."
+        about = (
+            f"{total} in all. Of work that several processes share, the time is what it took here. Where most of it is "
+            "waiting for photos, more workers or a faster disk help; the network asks for a GPU, the CRF for more "
+            "cores. Memory is the peak of the main process."
+        )
         section.blocks.append(
             Block(about, chart(figures.stage_costs(times, titles=titles(session)), "Time and memory of each stage"))
         )

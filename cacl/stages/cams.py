@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cacl._support.clock import timed
 from cacl._support.distributed import all_reduce_counts, barrier, rank, shard
 from cacl._support.files import write_json
 from cacl._support.loaders import naming_dead_loaders
@@ -87,9 +88,10 @@ def predict_cams(
         classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64, device="cpu")
         size = map_size(image.shape[1:])
         photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
-        with machine.autocast():
+        with timed("network"), machine.autocast():
             maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]
-        yield index, ImageCAMs(classes.numpy(), maps.half().cpu().numpy())
+            made = maps.half().cpu().numpy()
+        yield index, ImageCAMs(classes.numpy(), made)
 
 
 def evaluate_cams(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cacl._support.clock import timed
 from cacl._support.distributed import barrier
 from cacl._support.loaders import naming_dead_loaders
 from cacl._support.progress import watched
@@ -69,11 +70,13 @@ def walk_cams(
             photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
             found = cams_of(dataset, cams, index)
             if net is None:
-                walked = walk_colours(found, photo[0], settings)
+                with timed("walk"):
+                    walked = walk_colours(found, photo[0], settings)
             else:
-                with machine.autocast():
+                with timed("network"), machine.autocast():
                     edges = net.predict(photo)[0]
-                walked = walk(found, edges, settings)
+                with timed("walk"):
+                    walked = walk(found, edges, settings)
             save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as views
 
 from cacl._support.answers import check_encoder, check_image_features, side_of, statistics_of
+from cacl._support.clock import timed
 from cacl._support.distributed import barrier, rank, rank_zero, shard, unshard
 from cacl._support.loaders import load, naming_dead_loaders
 from cacl._support.progress import watched
@@ -80,7 +81,7 @@ def _encode(encoder: ImageTextEncoder, square: Tensor, width: int, machine: Mach
     """``(3, side, side)`` uint8 on the CPU -> ``(D,)``."""
     mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in statistics_of(encoder))
     images = ((square / 255 - mean) / std)[None].to(machine.device, non_blocking=True)
-    with torch.no_grad(), evaluating(encoder):
+    with timed("network"), torch.no_grad(), evaluating(encoder):
         answer: object = encoder.encode_image(images)
     return check_image_features(answer, images, width)[0]
 
