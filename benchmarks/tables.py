@@ -1,4 +1,4 @@
-"""The JSON files of a folder that benchmarks have written, in one Markdown file: ``python benchmarks/tables.py OUT``."""
+"""The JSON files that benchmarks have left in a folder, in one Markdown file: ``python benchmarks/tables.py OUT``."""
 
 from __future__ import annotations
 

@@ -255,8 +255,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
     """Time and peak memory of each stage as horizontal bars, the time in parts where these are known.
 
     Args:
-        costs: as in ``times.json``: stage -> ``seconds``, of which so many for ``photos``, ``network``, ``walk``,
-            ``crf`` and ``files``, and ``memory_mb`` in megabytes.
+        costs: as in ``times.json``: stage -> ``seconds``, of which so many ``photos``, …, and ``memory_mb``.
         titles: stage -> what it is called; as CA-CL's stages are by default.
     """
     keys = [key for key in ("seconds", "memory_mb") if any(key in cost for cost in costs.values())]
