@@ -10,12 +10,12 @@ set -u
 out=${1:?"the folder of the results"}
 small=${2:-}
 python=${PYTHON:-python}
-cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-if [ -d "${WHEELS:-}" ]; then
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" --no-deps "$WHEELS"/*.whl || exit 1
+if [ -n "${WHEELS:-}" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || exit 1
 fi
+cd "$(dirname "$0")/.." || exit 1
 if [ "$small" = --small ]; then
     device=cpu
     step=(--model tiny --batch 2 --repeats 2) walk=(--size 12 16 --repeats 2) crf=(--size 40 50 --count 2 --repeats 2)
@@ -48,13 +48,13 @@ gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 print(json.dumps({"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}))
 PYTHON
 if [ "$device" = cuda ]; then
-    part tests 200 "$python" -m pytest -q -m cuda tests
+    part tests 150 "$python" -m pytest -q -m cuda tests
 fi
-part step 90 "$python" benchmarks/step.py --device "$device" --json "$out/step.json" "${step[@]}"
-part inference 60 "$python" benchmarks/inference.py --device "$device" --json "$out/inference.json" "${inference[@]}"
-part walk 60 "$python" benchmarks/random_walk.py --device "$device" --json "$out/walk.json" "${walk[@]}"
-part crf 60 "$python" benchmarks/crf.py --device "$device" --json "$out/crf.json" "${crf[@]}"
-part stages 60 "$python" benchmarks/stages.py --device "$device" --json "$out/stages.json" "${stages[@]}"
-part chain 150 "$python" benchmarks/chain.py --device "$device" --json "$out/chain.json" "${chain[@]}"
+part step 80 "$python" benchmarks/step.py --device "$device" --json "$out/step.json" "${step[@]}"
+part inference 50 "$python" benchmarks/inference.py --device "$device" --json "$out/inference.json" "${inference[@]}"
+part walk 50 "$python" benchmarks/random_walk.py --device "$device" --json "$out/walk.json" "${walk[@]}"
+part crf 50 "$python" benchmarks/crf.py --device "$device" --json "$out/crf.json" "${crf[@]}"
+part stages 50 "$python" benchmarks/stages.py --device "$device" --json "$out/stages.json" "${stages[@]}"
+part chain 130 "$python" benchmarks/chain.py --device "$device" --json "$out/chain.json" "${chain[@]}"
 "$python" benchmarks/tables.py "$out" || failed=1
 exit "$failed"

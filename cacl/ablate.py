@@ -23,6 +23,7 @@ from cacl.errors import InputError
 from cacl.log import Callback
 from cacl.methods_table import deviation, fork, seconds_a_step, spread, warmed_up, write_table
 from cacl.paper_tables import TABLES, TITLES, Variant, folders, variants
+from cacl.runs.folder import RunFolder
 from cacl.runs.session import Session
 from cacl.stages.contrast import backgrounds
 from cacl.tables import CACL, Warmup
@@ -87,11 +88,19 @@ def run(
         process_group(local_device(config.run.device, "[run] device"), config.run.timeout_seconds),
         locked(config.run.out),
     ):
+        config = config.changed({"run": {"precision": rank_zero(partial(_precision, config))}})
         given = {"encoder": encoder, "backbone": backbone, "callback": callback}
         paths = _run(config, [table for table in tables if table != "methods"], seeds, given)
         if "methods" in tables:
             paths.append(methods_table.run(config, seeds, methods, given))
         return paths
+
+
+def _precision(config: Config) -> str:
+    """What all variants compute in: as the first one that was begun does."""
+    begun = (RunFolder(path.parent).precision for path in sorted(config.run.out.glob("**/config.toml")))
+    first = next((precision for precision in begun if precision), None)
+    return (config.run.precision == "auto" and first) or Session(config).precision
 
 
 def _run(config: Config, tables: Sequence[str], seeds: int, arguments: dict[str, Any]) -> list[Path]:

@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None, *, chain: Chain | None = None) 
     for stream in (sys.stdout, sys.stderr):  # names of files and classes may have letters that it lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command is commands.predict and not any(word.startswith("-") for word in rest):
+        options.photos, rest = [*options.photos, *rest], []  # those after an option
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.chain = chain
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacl._support.launch import is_first
+from cacl._support.launch import is_first, launched
 from cacl._support.values import check_choice
 from cacl.errors import ElsewhereError, InputError, shown
 
@@ -52,6 +53,9 @@ def predict(options: argparse.Namespace) -> int:
     from cacl.predict import predict_each
 
     part = Shard.parse(options.shard) if options.shard else Shard.of_process()
+    file = Path(options.out) / ("failures.txt" if part.of == 1 else f"failures-{part.number}-of-{part.of}.txt")
+    if options.list and os.path.realpath(options.list) == os.path.realpath(file):
+        raise InputError(f"{shown(file)}: expected a list with another name: the new failures are written there")
     made = predict_each(
         options.model,
         options.photos,
@@ -69,7 +73,6 @@ def predict(options: argparse.Namespace) -> int:
         precision=options.precision,
         progress=options.progress,
     )
-    file = Path(options.out) / ("failures.txt" if part.of == 1 else f"failures-{part.number}-of-{part.of}.txt")
     file.unlink(missing_ok=True)
     count = problems = 0
     for outcome in made:
@@ -91,7 +94,7 @@ def predict(options: argparse.Namespace) -> int:
     which = f"part {part.number} of {part.of}: " if part.of > 1 else ""
     print(f"mask values: 0 background, {named}")
     print(f"{which}{count} mask{'' if count == 1 else 's'} in {options.out}{kept}, {problems} left out{no_photos}")
-    return 2 if problems else 0
+    return 2 if problems and not launched() else 0  # torchrun would end the other parts
 
 
 def report(options: argparse.Namespace) -> int:

@@ -48,15 +48,26 @@ class Shard(NamedTuple):
 
     @classmethod
     def of_process(cls, environment: Mapping[str, str] = os.environ) -> Shard:
-        """That of one of torchrun's processes, or of a job of a Slurm array; the whole, if this is neither."""
+        """That of one of torchrun's processes, of a job of a Slurm array, or of both; the whole, if this is neither.
+
+        Raises:
+            ValueError: if the array has gaps.
+        """
         known = environment.get
+        rank, world_size, place, jobs = 0, 1, 0, 1
         if known("WORLD_SIZE") and known("RANK"):
-            return cls(int(environment["RANK"]) + 1, int(environment["WORLD_SIZE"]))
+            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         if known("SLURM_ARRAY_TASK_ID") and known("SLURM_ARRAY_TASK_COUNT"):
             first, step = int(known("SLURM_ARRAY_TASK_MIN") or 0), int(known("SLURM_ARRAY_TASK_STEP") or 1)
+            jobs = int(environment["SLURM_ARRAY_TASK_COUNT"])
+            last = int(known("SLURM_ARRAY_TASK_MAX") or first + step * (jobs - 1))
             place = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-            return cls(place + 1, int(environment["SLURM_ARRAY_TASK_COUNT"]))
-        return cls()
+            if not place < jobs == (last - first) // step + 1:
+                raise InputError(
+                    f"SLURM_ARRAY_TASK_COUNT: an array with gaps has no {jobs} parts that fit together; say the part "
+                    "by --shard I/N (`shard`)"
+                )
+        return cls(place * world_size + rank + 1, jobs * world_size)
 
 
 class Photo(NamedTuple):
@@ -106,9 +117,11 @@ class Inputs:
         self.named, self.out, self.shard = [Path(path) for path in named], out, shard
         self._list = Path(listed) if isinstance(listed, str | os.PathLike) else None
         self._spool: IO[bytes] | None = None
-        if listed is not None and not isinstance(listed, str | os.PathLike):
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is there
-            shutil.copyfileobj(listed, self._spool)
+        if self._list is not None and os.path.exists(self._list) and not os.path.isfile(self._list):
+            with self._opened(self._list) as pipe:  # which can be read once
+                self._spool = _spooled(pipe)
+        elif listed is not None and not isinstance(listed, str | os.PathLike):
+            self._spool = _spooled(listed)
 
     def __iter__(self) -> Iterator[Photo | str]:
         """The photos of the shard; from the first shard also a line for whatever else was left out."""
@@ -116,14 +129,15 @@ class Inputs:
         for seen, name in self._all():
             if seen.kind == "problem" and self.shard.number == 1:
                 yield seen.line
-            if seen.kind != "photo" or not self._wants(name):
+            if seen.kind != "photo":
                 continue
             if (place := _hash(_place(seen.path))) in known.again:
                 if place in gone:
                     continue
                 gone.add(place)
             short = without_ending(name)
-            yield Photo(seen.path, name if _hash(short) in known.shared else short)
+            if self._wants(name):
+                yield Photo(seen.path, name if _hash(short) in known.shared else short)
 
     @cached_property
     def survey(self) -> Survey:
@@ -191,11 +205,15 @@ class Inputs:
             self._spool.seek(0)
             yield from _paths(self._spool)
         elif self._list is not None:
-            try:
-                with open(self._list, "rb") as file:
-                    yield from _paths(file)
-            except OSError as error:
-                raise InputError(f"{shown(self._list)}: expected a list of photos, but {error.strerror}") from None
+            with self._opened(self._list) as file:
+                yield from _paths(file)
+
+    @staticmethod
+    def _opened(path: Path) -> IO[bytes]:
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise InputError(f"{shown(path)}: expected a list of photos, but {error.strerror}") from None
 
     def _replaced(self, photo: Path) -> dict[int, Path]:
         """A photo in the folder of masks, by the names whose mask or overlay would take its place."""
@@ -219,9 +237,18 @@ class Inputs:
         raise InputError(f"{first} and {second}: expected photos of different names; name a folder that holds both")
 
 
+def _spooled(file: IO[bytes]) -> IO[bytes]:
+    """A copy that can be read again, as long as it is there."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    shutil.copyfileobj(file, copy)
+    return copy
+
+
 def _paths(file: IO[bytes]) -> Iterator[Path]:
     for number, line in enumerate(file):
         text = (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).rstrip(b"\r\n")
+        if b"\0" in text:
+            raise InputError(f"line {number + 1} of the list: expected the path of a photo, but it has a zero byte")
         if text:
             yield Path(os.fsdecode(text))
 
@@ -246,7 +273,7 @@ def _folder(path: Path) -> str:
 
 def _place(photo: Path, *, follow: bool = False) -> str:
     """Where a photo is: one that is a link is another than what it leads to, unless that is followed."""
-    if follow and photo.is_symlink():
+    if follow and os.path.islink(photo):
         return os.path.realpath(photo)
     return os.path.join(_folder(photo.parent), photo.name)
 

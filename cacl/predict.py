@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from cacl.config import Config
 from cacl.constants import Backend, Range
 from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder, load_encoder
-from cacl.errors import InputError
+from cacl.errors import InputError, shown
 from cacl.images import Mask, Pixels
 from cacl.inputs import OVERLAYS, Inputs, Photo, Shard, Survey
 from cacl.photos import Segmenter, load_segmenter, segment_each
@@ -275,9 +276,18 @@ class _Writing:
         return self.out / OVERLAYS / f"{photo.name}.jpg"
 
     def is_there(self, photo: Photo) -> bool:
-        return self.mask(photo).is_file() and (not self.overlays or self.overlay(photo).is_file())
+        return os.path.isfile(self.mask(photo)) and (not self.overlays or os.path.isfile(self.overlay(photo)))
 
-    def __call__(self, photo: Photo, pixels: Pixels, mask: Mask) -> None:
+    def __call__(self, photo: Photo, pixels: Pixels, mask: Mask) -> InputError | None:
+        try:
+            self.write(photo, pixels, mask)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return InputError(f"{shown(photo.path)}: the name of its mask would be too long")
+        return None
+
+    def write(self, photo: Photo, pixels: Pixels, mask: Mask) -> None:
         if self.overlays:
             height, width = pixels.shape[:2]
             seen = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)

@@ -246,6 +246,7 @@ def test_what_type_checkers_see_is_what_there_is(package):
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="module 'cacl' has no attribute 'itc'"):
         _ = cacl.itc
+    assert not hasattr(cacl, "a.b")
 
 
 def test_modules_are_imported_when_they_are_asked_for():

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from cacl import CAMNet
+from cacl._support.loaders import load
 from cacl.cli import main
 from cacl.deeplab import DeepLabV2
 from cacl.inputs import Inputs, Shard
@@ -125,10 +126,76 @@ def test_parts_have_each_photo_once_in_any_order(tmp_path, of):
              "SLURM_ARRAY_TASK_STEP": "4"},
             (3, 3),
         ),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4",
+          "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}, (6, 8)),
     ],
 )  # fmt: skip
 def test_the_part_of_a_process(environment, wanted):
     assert tuple(Shard.of_process(environment)) == wanted
+
+
+@pytest.mark.parametrize("id", ["3", "5"])
+def test_an_array_with_gaps_has_no_parts(id):
+    array = {"SLURM_ARRAY_TASK_ID": id, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3",
+             "SLURM_ARRAY_TASK_MAX": "5"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"an array with gaps has no 2 parts .* say the part by --shard"):
+        Shard.of_process(array)
+
+
+def test_a_photo_that_is_named_twice_is_of_one_part(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = b"photos/a.png\nphotos/b.png\nphotos/sub/a.png\n"
+    found = [
+        name for number in (1, 2, 3)
+        for name in names(Inputs(["photos"], tmp_path / "out", listed=io.BytesIO(listed), shard=Shard(number, 3)))
+    ]  # fmt: skip
+    assert sorted(found) == ["a", "b", "d", "e", "f", "g", "sub/a", "sub/deep/c"]
+
+
+def test_a_list_that_can_be_read_once(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, b"a.png\nb.png\n")
+    os.close(writing)
+    inputs = Inputs([], tmp_path, listed=f"/dev/fd/{reading}")
+    os.close(reading)
+    assert inputs.survey.photos == 2
+    assert names(inputs) == ["a", "b"]
+
+
+def test_odd_lines_of_a_list(model, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    long = "x" * 300
+    made = predict_each(model, [], tmp_path / "out", listed=io.BytesIO(f"a.png\n{long}\n".encode()), workers=0)
+    outcomes = list(made)
+    assert [outcome.mask is not None for outcome in outcomes] == [True, False]
+    with pytest.raises(ValueError, match=r"^line 2 of the list: .* zero byte$"):
+        predict_each(model, [], tmp_path / "out", listed=io.BytesIO(b"a.png\nb.png\0c.png"))
+    name = "y" * 252 + ".im"  # a mask's would be longer
+    (photos / name).write_bytes((photos / "a.png").read_bytes())
+    (outcome,) = predict_each(model, [name], tmp_path / "out", crf=False, workers=0)
+    assert outcome.problem.endswith("the name of its mask would be too long")
+
+
+def test_photos_may_come_after_an_option(model, photos, tmp_path, capsys):
+    assert main(["predict", str(model), "--workers=0", "--no-crf", "--out", str(tmp_path / "o"), str(photos)]) == 0
+    assert len(made(tmp_path / "o")) == 8
+    with pytest.raises(SystemExit):
+        main(["predict", str(model), str(photos), "--out", str(tmp_path / "o"), "--nothing"])
+    assert "unrecognized arguments: --nothing" in capsys.readouterr().err
+    failures = tmp_path / "o/failures.txt"
+    failures.write_text("a.png")
+    assert main(["predict", str(model), "--list", str(failures), "--out", str(tmp_path / "o")]) == 2
+    assert failures.read_text() == "a.png"
+
+
+def test_an_error_of_the_keys_is_not_one_of_processes():
+    def keys():
+        yield from range(3)
+        raise OSError("of the keys")
+
+    loaded = load(list(range(10)), workers=2, keys=keys())
+    with pytest.raises(OSError, match="of the keys"):
+        list(loaded)
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "2", "a/b", "1/0", "-1/2", "1/2/3", ""])

@@ -20,7 +20,7 @@ def names_of(package: str, **modules: str) -> tuple[Callable[[str], object], Cal
     def get(name: str) -> object:
         if name in names:
             found = getattr(importlib.import_module(f"{package}.{names[name]}"), name)
-        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
+        elif name.isidentifier() and not name.startswith("_") and find_spec(f"{package}.{name}"):
             found = importlib.import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import Lock, active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -56,8 +57,9 @@ def load(
         ChildProcessError: if one of the processes dies, or all of them do nothing for a long time.
     """
     grouping: dict[str, Any] = {"batch_size": None} if batches is None else {"batch_sampler": batches}
-    if keys is not None:
-        grouping["sampler"] = keys
+    asked = None if keys is None else _Keys(keys, _AHEAD * workers)
+    if asked is not None:
+        grouping["sampler"] = asked
     loader: DataLoader[Any] = DataLoader(
         dataset,
         **grouping,
@@ -75,12 +77,14 @@ def load(
                 Lock()  # the same error as below, where torch leaves something half made
             loaded = iter(loader)
     except OSError as error:
+        if asked is not None and asked.error is not None:
+            raise
         warn_once(f"images are loaded without other processes, as none can be started: {why_not(error)}")
-        yield from load(dataset, workers=0, batches=batches, keys=keys, collate=collate, pinned=pinned)
+        yield from load(dataset, workers=0, batches=batches, keys=asked, collate=collate, pinned=pinned)
         return
     processes = [process for process in active_children() if process not in before]
     _loaders.update(processes)
-    watch = _Watch(processes, stop)
+    watch = _Watch(processes, stop, asked)
     try:
         while True:
             try:
@@ -109,14 +113,41 @@ def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess]) -> Any:
         raise
 
 
+class _Keys:
+    """The keys of items, the first ones asked for here, where this process can be stopped."""
+
+    def __init__(self, keys: Iterable[Any], ahead: int) -> None:
+        self._rest = iter(keys)
+        self._first = list(islice(self._rest, ahead))
+        self.busy = False
+        """Whether the next one is being asked for."""
+        self.error: Exception | None = None
+        """What it has raised."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._first
+        while True:
+            self.busy = True
+            try:
+                key = next(self._rest)
+            except StopIteration:
+                return
+            except Exception as error:
+                self.error = error
+                raise
+            finally:
+                self.busy = False
+            yield key
+
+
 class _Watch:
     """While it is entered, a thread looks after processes that are waited for, and ends those that do nothing.
 
     Whoever waits may do so where nothing can be asked of it: for a file that a process offers, which stands still.
     """
 
-    def __init__(self, processes: Sequence[BaseProcess], stop: Callable[[], bool] | None) -> None:
-        self.processes, self.stop = processes, stop
+    def __init__(self, processes: Sequence[BaseProcess], stop: Callable[[], bool] | None, keys: _Keys | None) -> None:
+        self.processes, self.stop, self.keys = processes, stop, keys
         self.over, self.stopped = threading.Event(), False
         self.error: ChildProcessError | None = None
         self._patience: Patience | None = None
@@ -138,6 +169,8 @@ class _Watch:
 
     def _look(self) -> None:
         while not self.over.wait(POLL):
+            if self.keys is not None and self.keys.busy and self._patience is not None:
+                self.__enter__()  # they have nothing to do before the next key comes
             patience = self._patience
             if patience is None:
                 continue
@@ -152,6 +185,8 @@ class _Watch:
                 return
 
 
+_AHEAD = 2
+"""Items that a DataLoader asks for before the first has come, a process."""
 _loaders: WeakSet[Any] = WeakSet()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cacl._support.clock import timed
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl.errors import NotFiniteError
 
@@ -59,7 +60,8 @@ class Pending:
     def _pop(self) -> None:
         record, ids, sizes, flat, event = self.queue.popleft()
         if event is not None:
-            event.synchronize()
+            with timed("network"):  # for what it was sent to do
+                event.synchronize()
         values = iter((flat / world_size()).tolist())
         seen_by_all = record["step"] + (0 if event is None or world_size() == 1 else self.patience + 1)
         if next(values) > 0 and self.stop is None:

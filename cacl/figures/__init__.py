@@ -269,7 +269,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, titles: Mapping[str
         if key == "seconds" and (kinds := [kind for kind in KINDS if any(kind in cost for cost in costs.values())]):
             _add_parts(axes, costs, kinds)
         else:
-            axes.barh(range(len(values)), values, 0.62, color=SERIES[0 if key == "seconds" else 2])
+            axes.barh(range(len(values)), values, 0.62, color=SERIES[0 if key == "seconds" else 5])
         for y, value in enumerate(values):
             if value == value:
                 text = duration(value) if key == "seconds" else memory(value)
