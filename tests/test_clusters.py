@@ -49,6 +49,7 @@ def masks(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_an_array_makes_all_masks_and_goes_on(place):
     torch.manual_seed(0)
     write_csv(place / "photos", train=6, val=2)
