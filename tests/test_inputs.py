@@ -31,9 +31,10 @@ from cacl.predict import predict, predict_each
 def photos(tmp_path):
     folder = tmp_path / "photos"
     rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png", "sub/a.png", "sub/deep/c.png", "d.jpg", "e.png", "f.png", "g.png"):
+    all_ = ("a.png", "b.png", "sub/a.png", "sub/deep/c.png", "d.jpg", "e.png", "f.png", "g.png")
+    for i, name in enumerate(all_):  # of different sizes, so that each has another mask
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (33, 40, 3), dtype=np.uint8)).save(folder / name)
+        Image.fromarray(rng.integers(0, 255, (33 + i, 40, 3), dtype=np.uint8)).save(folder / name)
     return folder
 
 
@@ -290,6 +291,7 @@ def test_parts_make_the_files_of_one_process(model, photos, tmp_path, monkeypatc
     assert sorted(codes) == [0, 0, 2]
     assert made(Path("parts")) == made(Path("whole"))
     assert len(made(Path("whole"))) == 60
+    assert len(set(made(Path("whole")).values())) == len(pictures)
     assert before
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items())
     (failed,) = Path("parts").glob("failures-?-of-3.txt")
