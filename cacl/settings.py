@@ -278,7 +278,7 @@ class Machine:
         return str(self.device).partition(":")[0] == "cuda"
 
     def autocast(self) -> torch.autocast:
-        """Where networks that are not trained compute."""
+        """Where networks compute."""
         import torch
 
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16

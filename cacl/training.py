@@ -197,7 +197,7 @@ def train(
     bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
     pending = Pending(name, emit)
     saved = clock = time.monotonic()
-    dtype = torch.bfloat16 if loop.precision == "bf16" else torch.float16
+    machine = Machine(device, precision=loop.precision)
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with bar, generators, naming_dead_loaders(), Interrupts() as interrupts:
         for number, batch in enumerate(bar, start=start):
@@ -208,7 +208,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 with generator_alone:
                     torch.manual_seed(mixed(loop.seed, "step", number, *([rank()] if rank() else [])))
-                    with torch.autocast(device.type, dtype, enabled=loop.precision != "fp32"):
+                    with machine.autocast():
                         terms = run(batch)
                     scaler.scale(terms["loss"]).backward()
                 scaler.step(optimizer)

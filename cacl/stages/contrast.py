@@ -22,11 +22,7 @@ from cacl.log import Journal
 from cacl.losses import BGSuppressionLoss
 from cacl.methods import CLIMSLoss, POLELoss, QACLIMSLoss
 from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet
-from cacl.settings import (
-    Encoder,
-    Machine,
-    Prompts,
-)  # fmt: skip
+from cacl.settings import Encoder, Machine, Prompts
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
 from cacl.stages.stage import Context, Stage
