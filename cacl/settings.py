@@ -26,6 +26,8 @@ from cacl.errors import quoted
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from cacl.crf import CRFArguments
@@ -192,6 +194,8 @@ class Data(Table):
     """Split that is trained on: images and labels, never a mask."""
     eval: str = "val"
     """Split that CAMs are evaluated on where it has masks; empty for none."""
+    sample: Positive = 20000
+    """The most images of a split, evenly spread, that are looked at before the first step; ``cacl check`` opens all."""
     range: Annotated[tuple[Number, Number], AfterValidator(check_span)] | None = None
     """What the values of deep images span, such as ``[0, 4095]``; by their type if None (see
     :func:`cacl.images.read_image`)."""
@@ -277,12 +281,11 @@ class Machine:
     def on_gpu(self) -> bool:
         return str(self.device).partition(":")[0] == "cuda"
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[None]:
         """Where networks compute."""
-        import torch
+        from cacl._support.precision import computing_in
 
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(torch.device(self.device).type, dtype, enabled=self.precision != "fp32")
+        return computing_in(self.precision, self.device)
 
     @property
     def crf_on_gpu(self) -> bool:

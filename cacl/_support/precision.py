@@ -1,8 +1,9 @@
-"""What a device computes in natively."""
+"""What a device computes in natively, and computing in it."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,22 @@ def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
     else:
         native = device.type == "cpu" and not _FLAGS.isdisjoint(_processor())
     return "bf16" if native else "fp32"
+
+
+@contextmanager
+def computing_in(precision: Literal["fp32", "bf16", "fp16"], device: torch.device | str) -> Iterator[None]:
+    """Autocast, with the weights as they are now.
+
+    Torch keeps the weights that it has cast until nobody is in autocast any more, not even in one that is switched off:
+    with another one around this, a training would compute with those of its first step for ever.
+    """
+    torch.clear_autocast_cache()
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    try:
+        with torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32"):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _processor(file: Path = Path("/proc/cpuinfo")) -> set[str]:

@@ -66,10 +66,6 @@ class Context(Protocol):
         """The images that the segmenter makes masks for; :attr:`train` itself where these are the same."""
 
     @property
-    def images(self) -> str:
-        """A hash of the images that are trained on, and of their labels."""
-
-    @property
     def encoder(self) -> ImageTextEncoder:
         """The image-text encoder, on the device."""
 
@@ -85,6 +81,9 @@ class Context(Protocol):
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has finished with these settings."""
+
+    def fingerprint(self, role: Role) -> str:
+        """A hash of the images with a role, and of their labels."""
 
     def identity(self, argument: Literal["encoder", "backbone", "criterion"]) -> str:
         """What tells one given object from another; empty where none was given."""
@@ -199,11 +198,16 @@ class Stage(Generic[S]):
         """
         own = [self.name, self.version, _origin(self.run), _origin(self.settings)]
         own += [settings.differing(), self.depends(run, settings)]
-        return hash_of(*own, run.images, run.seed, run.machine.precision, needed)
+        precision = run.machine.precision if run.machine.precision == "fp32" else f"{run.machine.precision} {_HALF}"
+        return hash_of(*own, run.fingerprint("train"), run.seed, precision, needed)
 
     def score_key(self, run: Context, settings: S, key: str, *rest: object) -> str:
         """A hash of everything that its score follows from."""
         return hash_of(key, settings.differing(evaluation=True), self.score_depends(run, settings), *rest)
+
+
+_HALF = 2
+"""Version of what is computed in half precision; before 2, a training stayed with the weights of its first step."""
 
 
 def hash_of(*parts: object) -> str:
