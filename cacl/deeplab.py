@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -99,11 +100,13 @@ class DeepLabV2(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
-        branches: Sequence[nn.Conv2d] = self.aspp  # type: ignore[assignment]
+        branches: list[nn.Conv2d] = list(self.aspp)  # type: ignore[arg-type]
         features = check_maps(self.backbone(images), images, branches[0].weight)
-        total: Tensor = branches[0](features)
-        for branch in list(branches)[1:]:
-            total = total + branch(features)
+        small: list[nn.Conv2d] = []
+        if self.training:  # in evaluation the size may be a symbol, as in an export
+            small = [branch for branch in branches if max(features.shape[-2:]) <= branch.dilation[0]]
+        parts = [branch(features) for branch in branches[: len(branches) - len(small)]]
+        total: Tensor = reduce(torch.add, [*parts, _middle(small, features)] if small else parts)
         return total
 
     @torch.no_grad()
@@ -136,6 +139,13 @@ class DeepLabV2(nn.Module):
             return []
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         return [module for module in self.backbone.modules() if isinstance(module, kinds)]
+
+
+def _middle(branches: Sequence[nn.Conv2d], features: Tensor) -> Tensor:
+    """The sum of branches whose windows, but for their middle, lie outside of maps as small as these."""
+    weight = torch.stack([branch.weight[:, :, 1:2, 1:2] for branch in branches]).sum(0)
+    bias = torch.stack([branch.bias for branch in branches if branch.bias is not None]).sum(0)
+    return F.conv2d(features, weight, bias)
 
 
 def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool = False) -> Tensor:

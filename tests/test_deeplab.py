@@ -52,14 +52,24 @@ def test_parameters_of_the_published_network():
     assert dilations == [{1}, {1}, {2}, {4}]
 
 
-def test_the_head_is_a_sum_of_dilated_convolutions(net):
-    torch.nn.init.normal_(net.aspp[0].bias)
-    features = torch.randn(1, 8, 30, 30)
+@pytest.mark.parametrize("size", [(30, 30), (25, 24), (12, 18), (13, 7), (6, 6), (1, 1)])
+def test_the_head_is_a_sum_of_dilated_convolutions(net, size):
+    """Also where their windows reach beyond the map: of those the middle alone counts, and learns."""
+    for branch in net.aspp:
+        torch.nn.init.normal_(branch.bias)
+    features = torch.randn(1, 8, *size)
     net.backbone = nn.Identity()
+    height, width = size
     result = net.logits(features)[0].double()
-    padded = torch.zeros(8, 30 + 48, 30 + 48, dtype=torch.float64)
+    padded = torch.zeros(8, height + 48, width + 48, dtype=torch.float64)
     padded[:, 24:-24, 24:-24] = features[0]
-    for y, x in ((0, 0), (7, 13), (29, 29)):
+    plain = torch.stack([branch(features) for branch in net.aspp]).sum(0)
+    weighted = torch.randn_like(plain)
+    parameters = list(net.aspp.parameters())
+    one, other = (torch.autograd.grad((x * weighted).sum(), parameters) for x in (net.logits(features), plain))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.eval().logits(features), plain)
+    for y, x in {(0, 0), (height // 4, width // 2), (height - 1, width - 1)}:
         total = torch.zeros(3, dtype=torch.float64)
         for rate, branch in zip(RATES, net.aspp, strict=True):
             for i in range(3):
