@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import signal
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each of several processes, and what it starts, keeps to its core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each of several processes, and what i
 import pytest
 import torch
 from torch import Tensor, nn
+
+from cacl._support.precision import _processor
 
 
 class TinyEncoder(nn.Module):
@@ -60,6 +63,15 @@ def _ctrl_c_is_heard():
     """Also where the tests are a background job, which starts with Ctrl-C ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _any_processor():
+    """``precision = "auto"`` is float32 here, also on a processor that has bf16: what a test expects does not depend on
+    where it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_processor, "__defaults__", (Path(os.devnull),))
+        yield
 
 
 @pytest.fixture
