@@ -52,7 +52,9 @@ def map_size(size: Sequence[int]) -> tuple[int, int]:
 def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int]:
     """The indices of this process's share of the images, but for those that have a file in ``out`` which is kept."""
 
-    def missing() -> list[int]:
+    def missing() -> Sequence[int]:
+        if not out.is_dir() or not any(out.iterdir()):
+            return range(len(dataset))
         return [i for i, entry in enumerate(dataset.entries) if not (out / f"{entry.id}{ending}").is_file()]
 
     return list(shard(rank_zero(missing) if keep else range(len(dataset))))

@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="open every file of a data set once", description="List every problem of a data set."
     )
     check.add_argument("path", metavar="PATH", help="a data set's folder, or a configuration")
+    check.add_argument(
+        "--sample", type=int, metavar="N", help="open N images of each split, evenly spread, instead of all"
+    )
     check.set_defaults(command=commands.check)
 
     model = argparse.ArgumentParser(add_help=False)

@@ -147,15 +147,17 @@ def ablate(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     path = Path(options.path)
     config = None if path.is_dir() else _config(options, options.path)
+    if options.sample is not None and options.sample < 1:
+        raise InputError(f"--sample: expected at least 1 image, but got {options.sample}")
     from cacl.datasets.checking import NOTE, check_folder
     from cacl.runs.checking import check_config
 
     if config is None:
-        lines = check_folder(path, range=options.range, progress=options.progress)
+        lines = check_folder(path, range=options.range, sample=options.sample, progress=options.progress)
     else:
         if options.range:
             config = config.changed({"data": {"range": options.range}})
-        lines = check_config(config, progress=options.progress)
+        lines = check_config(config, sample=options.sample, progress=options.progress)
     for line in lines:
         print(line)
     count = sum(not line.startswith(NOTE) for line in lines)

@@ -12,7 +12,7 @@ from torch import nn
 
 from cacl._support.answers import check_callable
 from cacl._support.distributed import barrier, local_device, process_group, rank_zero, world_size
-from cacl._support.files import locked, read_json, write_json, write_text
+from cacl._support.files import locked, write_text
 from cacl._support.surroundings import defaults_of, training_alone
 from cacl._support.values import check_choice
 from cacl.config import Config
@@ -189,7 +189,7 @@ def _whole(config: Config) -> Chain:
 
     def depends(run: Context, settings: Report) -> tuple[object, ...]:
         assert isinstance(run, Session)
-        return (run.fingerprints,)
+        return ({role: each.masks for role, each in run.fingerprints.items()},)
 
     def check_crf(run: Context, settings: Report) -> object:
         return check_backend(run.machine.crf)
@@ -211,8 +211,8 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     session.precision = rank_zero(lambda: session.precision)  # which may have another processor
     with barrier():
         _ = session.datasets
-    notes = rank_zero(lambda: check_lists_of(session))
     _ = session.fingerprints
+    notes = rank_zero(lambda: [] if session.files.knows(session.fingerprints) else check_lists_of(session))
     # Of rank 0: a file may have another time on another machine.
     until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
@@ -240,13 +240,12 @@ def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
 
 
 def _check_data(session: Session, notes: Sequence[str]) -> None:
-    path = session.out / "data.json"
-    if read_json(path) != session.fingerprints:
+    if not session.files.knows(session.fingerprints):
         for note in dict.fromkeys([*notes, *check_files_of(session)]):
             logger.warning("%s", note)
     decided = session.config.changed({"run": {"precision": session.precision}})
     write_text(session.out / "config.toml", decided.to_toml(session.out))
-    write_json(path, session.fingerprints)
+    session.files.keep_data(session.fingerprints)
 
 
 def _do(session: Session, number: int, *, resume: bool, callback: Callback | None) -> None:

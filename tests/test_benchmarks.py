@@ -241,3 +241,15 @@ def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
     assert done.returncode == 1
     assert "walk: exit code 3" in done.stdout
     assert (tmp_path / "out/chain.json").is_file()
+
+
+def test_start_begins_a_run_twice(tmp_path: Path) -> None:
+    file = tmp_path / "start.json"
+    command = [sys.executable, BENCHMARKS / "start.py", "--images", "40", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert rows.pop("images") == 40
+    assert list(rows) == ["list", "list, every file looked at", "run, new", "run, again"]
+    assert all(row["seconds"] > 0 and row["MB"] > 50 for row in rows.values())
+    assert "| run, again |" in done.stdout

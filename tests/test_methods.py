@@ -210,8 +210,8 @@ def test_a_method_brings_its_own_numbers_and_a_key_of_ones_own_wins(tmp_path):
 
 
 RUN = [
-    "run.device=cpu", "run.workers=0", "run.progress=false", "warmup.epochs=0", "cacl.epochs=1", "cacl.batch_size=3",
-    "cacl.crop=32", "cacl.lr=0.01", "cams.scales=[1.0]",
+    "run.device=cpu", "run.workers=0", "run.progress=false", "warmup.epochs=0", "cacl.epochs=1",
+    "cacl.batch_size=3", "cacl.crop=32", "cacl.lr=0.01", "cams.scales=[1.0]",
 ]  # fmt: skip
 
 

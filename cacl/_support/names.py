@@ -23,7 +23,13 @@ must not follow from what is installed."""
 
 def without_ending(path: Path) -> Path:
     """A path without the ending of a photo: ``a/b.JPG`` is ``a/b``, and ``a/frame.0001`` stays as it is."""
-    return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
+    return path.with_name(stem) if (stem := stem_of(path.name)) != path.name else path
+
+
+def stem_of(name: str) -> str:
+    """A file's name without the ending of a photo."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and f"{dot}{ending}".lower() in ENDINGS else name
 
 
 def composed(text: str) -> str:

@@ -16,6 +16,8 @@ from cacl._support.progress import watched
 from cacl.constants import IGNORE, Range
 from cacl.datasets.agreement import Agreement, numbered, problems_of_classes
 from cacl.datasets.dataset import Dataset, InOneFile
+from cacl.datasets.entries import shared
+from cacl.datasets.files import missing, spread
 from cacl.datasets.formats import FORMATS, format_of
 from cacl.errors import InputError, quoted, shown
 from cacl.prompts import words_for
@@ -65,6 +67,7 @@ def check_folder(
     format: str | None = None,
     splits: Iterable[str] | None = None,
     range: Range | None = None,
+    sample: int | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Check the data set in a folder: its lists, every file, and whether labels and masks say the same.
@@ -77,6 +80,8 @@ def check_folder(
         splits: the splits to look at; all of them if None. Those with ``train`` in their name are taken to be trained
             on, and need labels, but for those with ``unlabel``; where no name has it, one of all splits does.
         range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
+        sample: the most images of a split, evenly spread, that are opened; all if None. The lists are gone through
+            whole, and so is what files there are.
         progress: show a progress bar where there is a terminal.
 
     Returns:
@@ -91,7 +96,9 @@ def check_folder(
     wanted = list(splits or FORMATS[format].splits(root))
     trained = [name for name in wanted if re.search("(?<!un)train", name.lower()) and "unlabel" not in name.lower()]
     unknown = not trained and not splits
-    found, classes = check_parts(root, format, wanted, None if unknown else trained, range=range, progress=progress)
+    found, classes = check_parts(
+        root, format, wanted, None if unknown else trained, range=range, sample=sample, progress=progress
+    )
     beside = root / "backgrounds.json"
     if FORMATS[format].brings_words and beside.is_file() and classes:
         try:
@@ -108,6 +115,7 @@ def check_parts(
     trained: Collection[str] | None,
     *,
     range: Range | None = None,
+    sample: int | None = None,
     progress: bool = False,
 ) -> tuple[Findings, tuple[str, ...]]:
     """What is found in splits of a folder, of which some are trained on; and the classes, if a list has no mistake."""
@@ -115,22 +123,20 @@ def check_parts(
     parts = {split: known.read(root, split) for split in splits}
     for part in parts.values():
         part.dataset.range = range
+        part.listing.problems.extend(missing(part.listing.entries))
     # What is said of a list with mistakes would be about these.
     sound = {split: part.dataset for split, part in parts.items() if not part.listing.problems}
     found = check_lists(sound, trained, disjoint=known.disjoint)
     found.problems[:0] = [problem for part in parts.values() for problem in part.listing.problems]
-    check_files({split: part.dataset for split, part in parts.items()}, found, compared=sound, progress=progress)
+    check_files(
+        {split: part.dataset for split, part in parts.items()}, found, compared=sound, sample=sample, progress=progress
+    )
     return found, next((dataset.classes for dataset in sound.values()), ())
 
 
 def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str] | None, *, disjoint: bool) -> Findings:
-    """What is found in the lists of splits, without a look at a file.
-
-    Args:
-        datasets: split -> data set.
-        trained: the splits that are trained on; None if that is any of them.
-        disjoint: whether a photo in two of them is wrong.
-    """
+    """What is found in the lists of splits, of which some are trained on (any, if None), without a look at a file;
+    ``disjoint``: whether a photo in two of them is wrong."""
     found = Findings()
     first = next(iter(datasets), "")
     for split, dataset in datasets.items():
@@ -155,21 +161,20 @@ def check_lists(datasets: Mapping[str, Dataset], trained: Collection[str] | None
 
 def _in_two(datasets: Mapping[str, Dataset]) -> Iterable[str]:
     """A line for each two splits that share photos."""
-    splits: dict[int, str] = {}  # of hashes: the paths themselves would take far more memory
-    shared: dict[tuple[str, str], list[str]] = {}
-    for split, dataset in datasets.items():
-        for entry in dataset.entries:
-            if (other := splits.setdefault(hash(entry.image), split)) != split:
-                shared.setdefault((other, split), []).append(shown(entry.image))
-    for (one, other), photos in shared.items():
+    for (one, other), photos in shared({split: dataset.entries for split, dataset in datasets.items()}).items():
         yield (
             f"{_where(datasets[other], '')}expected each photo in one split, but {numbered(len(photos), 'photo')} "
-            f"{'is' if len(photos) == 1 else 'are'} in {quoted(one)} and {quoted(other)}, such as {photos[0]}"
+            f"{'is' if len(photos) == 1 else 'are'} in {quoted(one)} and {quoted(other)}, such as {shown(photos[0])}"
         )
 
 
 def check_files(
-    datasets: Mapping[str, Dataset], found: Findings, *, compared: Collection[str] | None = None, progress: bool = False
+    datasets: Mapping[str, Dataset],
+    found: Findings,
+    *,
+    compared: Collection[str] | None = None,
+    sample: int | None = None,
+    progress: bool = False,
 ) -> None:
     """Add what is found in the files of splits, each of which is opened once.
 
@@ -177,11 +182,15 @@ def check_files(
         datasets: split -> data set.
         found: what is added to.
         compared: the splits whose labels and masks are compared; all if None.
+        sample: the most images of a split that are opened; all if None.
         progress: show a progress bar where there is a terminal.
     """
     seen: dict[int, int] = {}
     for split, dataset in datasets.items():
-        agreement = _opened_all(dataset, split, found, seen, progress=progress)
+        some = spread(len(dataset), sample)
+        if len(some) < len(dataset):
+            found.notes.append(f"{_where(dataset, split)}{len(some)} of {numbered(len(dataset), 'photo')} were opened")
+        agreement = _opened_all(dataset, split, found, seen, indices=some, progress=progress)
         if compared is None or split in compared:
             _compare(dataset, split, agreement, found)
 

@@ -144,14 +144,9 @@ def _resolved(path: Path, photos: Path, columns: Columns) -> tuple[Listing, Obje
     objects, labels, whole = _placed(path, columns, listed, categories)
 
     def entries() -> Iterator[Entry]:
-        there = photos.is_dir()
-        if not there:
-            problems.append(f"{shown(photos)}: no such folder")
         wanted = (name for name, wanted in zip(columns.names, listed, strict=True) if wanted)
         for name, present, drawn in zip(wanted, labels, whole, strict=True):
             photo = existing(photos / name)
-            if there and not os.path.isfile(photo):
-                problems.append(f"{shown(photo)}: no such file")
             if not drawn and some_outlined:
                 unmasked.append(photo.name)
             mask = path if drawn and some_outlined else None
@@ -159,7 +154,7 @@ def _resolved(path: Path, photos: Path, columns: Columns) -> tuple[Listing, Obje
 
     unmasked: list[str] = []
     made = Entries(entries())
-    problems += [f"{where}: duplicate id {shown(id)}" for id in duplicates(entry.id for entry in made)]
+    problems += [f"{where}: duplicate id {shown(id)}" for id in duplicates(made.ids)]
     origin = Origin(path, path, tuple(_notes(where, unmasked, some_outlined=some_outlined)))
     return Listing(classes, short_ids(made), problems, origin), objects
 

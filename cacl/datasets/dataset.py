@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torchvision import tv_tensors
 from cacl.constants import Range
 from cacl.datasets.coco import Objects, read_coco
 from cacl.datasets.entries import Entries, Entry, Listing, MasksIn, Origin
+from cacl.datasets.files import fingerprint_of, missing
 from cacl.datasets.listing import read_csv, read_voc
 from cacl.errors import InputError, shown
 from cacl.images import read_image, read_mask
@@ -88,6 +88,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     @property
     def masked(self) -> list[int]:
         """The indices of the images that have a mask."""
+        if isinstance(self.entries, Entries):
+            return self.entries.masked()
         return [i for i, entry in enumerate(self.entries) if entry.mask is not None]
 
     def with_masks(self, folder: Path) -> Dataset:
@@ -96,17 +98,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
     def fingerprint(self, *, masks: bool = False) -> str:
         """A hash of classes, ids, labels, range, and sizes and times of the images (and masks): changes when the data
-        does."""
-        digest = hashlib.sha256(repr(self.classes).encode())
-        if self.range is not None:
-            digest.update(repr(self.range).encode())
-        state_of = lru_cache(maxsize=1)(Path.stat)  # all masks may be in one file
-        for entry in self.entries:
-            files = [entry.image.stat()]
-            if masks and entry.mask is not None:
-                files.append(state_of(entry.mask))
-            digest.update(repr((entry.id, entry.labels, [(f.st_size, f.st_mtime_ns) for f in files])).encode())
-        return digest.hexdigest()
+        does.
+
+        Raises:
+            ValueError: if files are missing, one line each.
+        """
+        return fingerprint_of(self, masks=masks)
 
 
 class _WithMasks(Dataset):
@@ -212,8 +209,8 @@ class CSVDataset(Dataset):
         self.origin = listing.origin
 
 
-def sound(listing: Listing) -> Listing:
-    """A listing without problems; else one line for each."""
-    if listing.problems:
-        raise InputError("\n".join(listing.problems))
+def sound(listing: Listing, *, look: bool = True) -> Listing:
+    """A listing without problems, all of whose files are there (unless nobody is to look); else one line for each."""
+    if problems := [*listing.problems, *(missing(listing.entries) if look else ())]:
+        raise InputError("\n".join(problems))
     return listing

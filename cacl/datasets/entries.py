@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
@@ -43,6 +43,11 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Pieces of memory that are the same for the same words only."""
+        yield self._ends.tobytes()
+        yield memoryview(self._letters).toreadonly()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Texts) and (self._letters, self._ends) == (other._letters, other._ends)
@@ -89,6 +94,27 @@ class Entries(Sequence[Entry]):
         assert image is not None
         labels = self._labels[self._ends[at] : self._ends[at + 1]]
         return Entry(self._ids[at], image, tuple(labels), self._path(1, at))
+
+    @property
+    def ids(self) -> Iterable[str]:
+        return self._ids
+
+    def renamed(self, ids: Iterable[str]) -> Entries:
+        """The same with other ids."""
+        other = Entries()
+        vars(other).update(vars(self), _ids=Texts(ids))
+        return other
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Pieces of memory that are the same for the same entries only, wherever their folders are."""
+        for words in (self._ids, *self._files):
+            yield from words.parts()
+        for numbers in (self._labels, self._ends, *self._in):
+            yield numbers.tobytes()
+
+    def masked(self) -> list[int]:
+        """The indices of those that have a mask."""
+        return [index for index, folder in enumerate(self._in[1]) if folder >= 0]
 
     def _path(self, column: int, index: int) -> Path | None:
         folder = self._in[column][index]
@@ -149,10 +175,10 @@ def outside(path: Path) -> str:
 
 def short_ids(entries: Entries) -> Entries:
     """The file's name is enough where all lie in one folder."""
-    folders = {Path(entry.id).parent for entry in entries}
-    if len(folders) > 1 or folders == {Path()}:
+    folders = {id.rpartition("/")[0] for id in entries.ids}
+    if len(folders) > 1 or folders == {""}:
         return entries
-    return Entries(entry._replace(id=Path(entry.id).name) for entry in entries)
+    return entries.renamed(id.rpartition("/")[2] for id in entries.ids)
 
 
 def duplicates(words: Iterable[Word]) -> Iterator[Word]:
@@ -162,3 +188,14 @@ def duplicates(words: Iterable[Word]) -> Iterator[Word]:
         if word in seen:
             yield word
         seen.add(word)
+
+
+def shared(parts: Mapping[str, Sequence[Entry]]) -> dict[tuple[str, str], list[Path]]:
+    """The photos that are in two of some parts, by these parts' names."""
+    seen: dict[int, str] = {}  # of hashes: the paths themselves would take far more memory
+    found: dict[tuple[str, str], list[Path]] = {}
+    for part, entries in parts.items() if len(parts) > 1 else ():
+        for entry in entries:
+            if (other := seen.setdefault(hash(entry.image), part)) != part:
+                found.setdefault((other, part), []).append(entry.image)
+    return found

@@ -48,7 +48,9 @@ class Format:
     """Whether :func:`cacl.scenes.generate` draws it where it is missing."""
 
 
-def open_dataset(format: str, root: str | PathLike[str], split: str, *, range: Range | None = None) -> Dataset:
+def open_dataset(
+    format: str, root: str | PathLike[str], split: str, *, range: Range | None = None, look: bool = True
+) -> Dataset:
     """A split of a data set by the name of its format, one of :data:`FORMATS`.
 
     Args:
@@ -56,6 +58,7 @@ def open_dataset(format: str, root: str | PathLike[str], split: str, *, range: R
         root: the folder.
         split: the split.
         range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
+        look: see that every file is there; else what is missing is an error when it is opened.
 
     Raises:
         ValueError: if the format is unknown; with one line a problem, if something is missing or unknown.
@@ -65,7 +68,7 @@ def open_dataset(format: str, root: str | PathLike[str], split: str, *, range: R
     part = FORMATS[format].read(Path(root), split)
     from cacl.datasets.dataset import sound
 
-    sound(part.listing)
+    sound(part.listing, look=look)
     part.dataset.range = range
     return part.dataset
 

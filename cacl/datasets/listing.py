@@ -6,9 +6,10 @@ import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
-from cacl._support.names import composed, existing, without_ending
+from cacl._support.names import composed, existing, stem_of
 from cacl.constants import IGNORE
 from cacl.datasets.entries import Entries, Entry, Listing, Origin, duplicates, outside, short_ids
 from cacl.errors import InputError, did_you_mean, quoted, shown
@@ -46,7 +47,6 @@ def read_voc(root: Path, split: str) -> Listing:
         f"{lists / split}.txt: expected an id a line, but got {quoted(id)}" for id in ids if Path(id).name != id
     ]
     ids = [id for id in ids if Path(id).name == id]
-    missing = []
 
     def entries() -> Iterator[Entry]:
         for id in dict.fromkeys(ids):
@@ -62,13 +62,11 @@ def read_voc(root: Path, split: str) -> Listing:
                 problems.append(f"{shown(annotation)}: no such file")
             problems.extend(f"{shown(annotation)}: unknown class {quoted(name)}" for name in names if name not in index)
             image, mask = existing(root / "JPEGImages" / f"{id}.jpg"), existing(masks / f"{id}.png")
-            if not os.path.isfile(image):
-                missing.append(f"{shown(image)}: no such file")
             labels = tuple(sorted({index[name] for name in names if name in index}))
             yield Entry(id, image, labels, mask if os.path.isfile(mask) else None)
 
     listed = lists / f"{split}.txt" if split != "train_aug" else masks
-    return Listing(VOC_CLASSES, Entries(entries()), problems + missing, Origin(listed))
+    return Listing(VOC_CLASSES, Entries(entries()), problems, Origin(listed))
 
 
 def read_csv(root: Path, split: str | None) -> Listing:
@@ -109,30 +107,63 @@ def read_csv(root: Path, split: str | None) -> Listing:
                 for name in names
                 if name not in index
             )
-            paths = {}
-            for column in ("image", "mask"):
-                relative = Path(row[column])
-                if relative.anchor or ".." in relative.parts:  # in Windows, C:x and \\x are not absolute
-                    problems.append(f"{table}: line {number}: {outside(relative)}")
-                elif relative.name:
-                    paths[column] = existing(root / relative)
-                    if not os.path.isfile(paths[column]):  # Path.is_file raises for a name that is too long
-                        problems.append(f"{shown(paths[column])}: no such file")
-            if "image" not in paths:
-                if not Path(row["image"]).name:
+            image, mask = (places.of(row[column]) for column in ("image", "mask"))
+            problems.extend(
+                f"{table}: line {number}: {outside(Path(row[column]))}"
+                for column, place in (("image", image), ("mask", mask))
+                if place is None
+            )
+            if image is None or not image.id:
+                if image is not None:
                     problems.append(f"{table}: line {number}: expected an image, but it is empty")
                 continue
-            id = composed(without_ending(Path(row["image"])).as_posix())
             labels = tuple(sorted({index[name] for name in names if name in index}))
-            yield Entry(id, paths["image"], labels, paths.get("mask"))
+            yield Entry(composed(image.id), image.path, labels, mask.path if mask and mask.id else None)
 
+    places = _Places(root)
     entries = Entries(read())
-    problems += [f"{table}: duplicate id {shown(id)}" for id in duplicates(entry.id for entry in entries)]
+    problems += [f"{table}: duplicate id {shown(id)}" for id in duplicates(entries.ids)]
     if not entries and not problems:
         known = ", ".join(sorted(splits)) or "no row"
         wanted = "rows" if split is None else f"rows of split {split!r}"
         raise InputError(f"{table}: expected {wanted}, but there is {known}")
     return Listing(classes, short_ids(entries), problems, Origin(table, root / "classes.txt"))
+
+
+class _Place(NamedTuple):
+    path: Path
+    id: str
+    """The path without the ending of a photo; empty where the table's cell names nothing."""
+
+
+class _Places:
+    """What the cells of a table name below a folder. Few names of folders stand in many cells, and to make a path of
+    each cell would take most of the time of reading a large table."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, tuple[Path, str] | None] = {}
+
+    def of(self, cell: str) -> _Place | None:
+        """None where it leads out of the folder."""
+        if not cell:
+            return _Place(self._root, "")
+        folder, slash, name = cell.rpartition("/")
+        if os.sep != "/" or name in ("", ".", ".."):
+            relative = Path(cell)
+            folder, slash, name = str(relative.parent), "/" * bool(relative.parts), relative.name
+        if (folder := folder + slash) not in self._folders:
+            self._folders[folder] = self._folder(Path(folder))
+        known = self._folders[folder]
+        if known is None or name == "..":
+            return None
+        path = known[0] / name
+        return _Place(path if cell.isascii() else existing(path), f"{known[1]}{stem_of(name)}")
+
+    def _folder(self, relative: Path) -> tuple[Path, str] | None:
+        if relative.anchor or ".." in relative.parts:  # in Windows, C:x and \\x are not absolute
+            return None
+        return existing(self._root / relative), f"{relative.as_posix()}/" if relative.parts else ""
 
 
 def csv_splits(root: Path) -> list[str]:

@@ -11,11 +11,13 @@ from cacl.stages.contrast import backgrounds
 from cacl.tables import CACL
 
 
-def check_config(config: Config, *, progress: bool = False) -> list[str]:
+def check_config(config: Config, *, sample: int | None = None, progress: bool = False) -> list[str]:
     """What is wrong with the data that a configuration names, a line each as :func:`cacl.datasets.check_folder` gives
-    them: its lists and files, and the background words."""
+    them: its lists and files, or a sample of these, and the background words."""
     data, session = config.data, Session(config, planning=True)
-    found, _ = check_parts(data.root, data.format, _splits(session), [data.train], range=data.range, progress=progress)
+    found, _ = check_parts(
+        data.root, data.format, _splits(session), [data.train], range=data.range, sample=sample, progress=progress
+    )
     for stage in session.chain:
         if isinstance(settings := session.settings(stage), CACL):
             try:
@@ -40,11 +42,11 @@ def check_lists_of(session: Session) -> list[str]:
 
 
 def check_files_of(session: Session) -> list[str]:
-    """As :func:`check_lists_of`, of the files, each of which is opened."""
+    """As :func:`check_lists_of`, of the files, of which ``[data] sample`` a split are opened."""
     found = Findings()
     # Training never opens a mask, but the CAMs of the training images are evaluated where there are masks.
     datasets = {split: session.open(split) for split in _splits(session)}
-    check_files(datasets, found, progress=session.machine.progress)
+    check_files(datasets, found, sample=session.config.data.sample, progress=session.machine.progress)
     return _sound(found)
 
 

@@ -39,7 +39,9 @@ def evaluate(session: Session, stage: Stage[Any]) -> None:
     name, settings, split = stage.name, session.settings(stage), session.splits[role]
     with session.at(stage):
         judging = () if words is None else (_depends(session, words),)
-        key = stage.score_key(session, settings, session.key_of(stage), split, session.fingerprints[role], *judging)
+        key = stage.score_key(
+            session, settings, session.key_of(stage), split, session.fingerprints[role].masks, *judging
+        )
     if rank_zero(lambda: session.files.metrics.get(name, {}).get("key") == key):
         return
     photos: list[tuple[str, float]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from cacl._support.files import read_json, write_json
 from cacl._support.toml import read_toml
+from cacl.datasets.files import Fingerprint
 from cacl.errors import InputError
 from cacl.log import Log, Record, keep_costs
 from cacl.settings import Precision
@@ -44,6 +45,19 @@ class RunFolder:
     def costs(self) -> Path:
         """Of the stages: ``times.json``."""
         return self.path / "times.json"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Role -> what the data were when they were last checked, as it is in ``data.json``."""
+        return {role: each for role, each in read_json(self.path / "data.json").items() if isinstance(each, dict)}
+
+    def knows(self, fingerprints: Mapping[str, Fingerprint]) -> bool:
+        """Whether the data are those that were last checked."""
+        return self.data == {role: each._asdict() for role, each in fingerprints.items()}
+
+    def keep_data(self, fingerprints: Mapping[str, Fingerprint]) -> None:
+        """Write down what the data are that have been checked."""
+        write_json(self.path / "data.json", {role: each._asdict() for role, each in fingerprints.items()})
 
     @property
     def precision(self) -> Precision | None:

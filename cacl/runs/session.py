@@ -22,12 +22,13 @@ from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved, check_takes_part, copied, load_state, load_weights
 from cacl.config import Config
 from cacl.datasets import FORMATS, Dataset, open_dataset
+from cacl.datasets.files import Fingerprint, fingerprint
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError
 from cacl.runs.folder import RunFolder
 from cacl.settings import CAMNetwork, Encoder, Machine, Precision, Scenes, Table
 from cacl.stages.chain import Chain, stage_of
-from cacl.stages.stage import Stage
+from cacl.stages.stage import Role, Stage
 
 Made = TypeVar("Made")
 Network = TypeVar("Network", bound=nn.Module)
@@ -179,7 +180,7 @@ class Session:
                 if drawing:
                     draw = partial(scenes.generate, workers=self.machine.workers, progress=self.machine.progress)
                     rank_zero(partial(draw, data.root, **drawn))
-            self._opened[split] = open_dataset(data.format, data.root, split, range=data.range)
+            self._opened[split] = open_dataset(data.format, data.root, split, range=data.range, look=False)
         return self._opened[split]
 
     @cached_property
@@ -197,10 +198,6 @@ class Session:
     def segmented(self) -> Dataset:
         return self.open(self.config.segmented_split)
 
-    @cached_property
-    def images(self) -> str:
-        return self.train.fingerprint()
-
     @property
     def splits(self) -> dict[str, str]:
         """Role of a data set -> its split."""
@@ -214,9 +211,21 @@ class Session:
         return {role: dataset for role, dataset in roles.items() if dataset is not None}
 
     @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """Of the data sets, with their masks, as this run found them."""
-        return rank_zero(lambda: {role: each.fingerprint(masks=True) for role, each in self.datasets.items()})
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Of the data sets by their roles, as this run found them; what is not there is an error."""
+
+        def look() -> dict[str, Fingerprint]:
+            known, found = self.files.data, dict[str, Fingerprint]()  # by split
+            for role, dataset in self.datasets.items():
+                split = self.splits[role]
+                if split not in found:
+                    found[split] = fingerprint(dataset, sample=self.config.data.sample, known=known.get(role))
+            return {role: found[self.splits[role]] for role in self.datasets}
+
+        return rank_zero(look)
+
+    def fingerprint(self, role: Role) -> str:
+        return self.fingerprints[role].images
 
     # Networks and other large objects
 

@@ -183,7 +183,7 @@ def _name(run: Context, settings: Predict) -> str:
 
 
 def _depends(run: Context, settings: Predict) -> tuple[object, ...]:
-    return (run.segmented.fingerprint(), check_backend(run.machine.crf), *(["labelled"] if _labelled(run) else []))
+    return (run.fingerprint("segmented"), check_backend(run.machine.crf), *(["labelled"] if _labelled(run) else []))
 
 
 STAGE = Stage(
