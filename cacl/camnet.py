@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cacl._support.answers import channels_of, check_maps
 from cacl._support.checks import as_array, as_indices, check_tensor
+from cacl._support.precision import head_of
 from cacl._support.values import check_choice, check_positive
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
@@ -70,8 +71,7 @@ class CAMNet(nn.Module):
         """``(B, 3, H, W)`` -> ``(B, K, h, w)`` before the sigmoid."""
         check_tensor("images", images, "(B, 3, H, W)")
         features = check_maps(self.backbone(images), images, self.classifier.weight)
-        scores: Tensor = self.classifier(features)
-        return scores
+        return head_of(features, self.classifier.weight, self.classifier, training=self.training)
 
     @torch.no_grad()
     def predict(

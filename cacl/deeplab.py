@@ -13,6 +13,7 @@ from cacl._support.answers import channels_of, check_maps
 from cacl._support.checks import check_tensor, kind_of, shape
 from cacl._support.distributed import all_reduce_sum, world_size
 from cacl._support.features import full
+from cacl._support.precision import head_of
 from cacl._support.values import check_positive
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
@@ -100,8 +101,14 @@ class DeepLabV2(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
+        weight = next(self.aspp.parameters())
+        return head_of(
+            check_maps(self.backbone(images), images, weight), weight, self._branched, training=self.training
+        )
+
+    def _branched(self, features: Tensor) -> Tensor:
+        """``(B, D, h, w)`` -> ``(B, C, h, w)``: the sum of the branches."""
         branches: list[nn.Conv2d] = list(self.aspp)  # type: ignore[arg-type]
-        features = check_maps(self.backbone(images), images, branches[0].weight)
         small: list[nn.Conv2d] = []
         if self.training:  # in evaluation the size may be a symbol, as in an export
             small = [branch for branch in branches if max(features.shape[-2:]) <= branch.dilation[0]]

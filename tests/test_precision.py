@@ -65,6 +65,20 @@ def test_what_is_decided_is_written_down_and_stays(tmp_path, monkeypatch):
     assert pipeline.plan(Config.load("voc", [*small, f"run.out={tmp_path / 'other'}"]))[0] == "warmup: new"
 
 
+@pytest.mark.parametrize("make", [CAMNet, DeepLabV2])
+def test_what_decides_between_classes_is_not_rounded(make):
+    """In evaluation: the head computes in float32, on features of bf16. A training takes what is faster."""
+    net, images = make(3, backbone="scenes").eval(), torch.randn(1, 3, 32, 48)
+    scores = net.scores if make is CAMNet else net.logits
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features, found = net.backbone(images), scores(images)
+        trained = [net.train(), scores(images)][1]
+    assert features.dtype == trained.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    head = [net.classifier] if make is CAMNet else net.aspp
+    torch.testing.assert_close(found, torch.stack([branch(features.float()) for branch in head]).sum(0))
+
+
 def test_cams_and_masks_are_those_of_float32(tmp_path):
     """bf16 has 8 bits: at least 99.9 % of the pixels are the same, and no CAM differs by more than some of them."""
     torch.manual_seed(0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 _FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -39,6 +40,15 @@ def computing_in(precision: Literal["fp32", "bf16", "fp16"], device: torch.devic
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+def head_of(features: Tensor, weight: Tensor, head: Callable[[Tensor], Tensor], *, training: bool) -> Tensor:
+    """What a network's last layers make of its features: in evaluation, under autocast, in the type of their weight,
+    since what decides between classes must not be rounded, and costs little beside the rest."""
+    if training or not torch.is_autocast_enabled(features.device.type):  # an export traces no autocast
+        return head(features)
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.to(weight.dtype))
 
 
 def _processor(file: Path = Path("/proc/cpuinfo")) -> set[str]:
