@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from cacl._support.distributed import rank, world_size
 from cacl._support.loaders import load
+from cacl._support.progress import watched
 from cacl.datasets import Dataset
 from cacl.errors import InputError
+from cacl.settings import Machine
 from cacl.transforms import RandomView, normalize
+
+T = TypeVar("T")
 
 
 def load_images(
@@ -24,6 +30,53 @@ def load_images(
         if isinstance(image, InputError):
             raise image
         yield index, image
+
+
+def load_alike(
+    dataset: Dataset, indices: Sequence[int], machine: Machine, *, desc: str
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(indices, normalised ``(B, 3, H, W)`` on the device) of some images: as many that follow each other and have one
+    size as :func:`at_once` says, with a progress bar."""
+    images = load_images(dataset, indices, machine.workers, pinned=machine.on_gpu)
+    with closing(watched(None, total=len(indices), desc=desc, progress=machine.progress)) as bar:
+        for group in alike(images, _size_of, partial(at_once, machine.device)):
+            batch = torch.stack([image for _, image in group])
+            yield (
+                [index for index, _ in group],
+                batch.to(machine.device, memory_format=torch.channels_last, non_blocking=True),
+            )
+            bar.update(len(group))
+
+
+def _size_of(item: tuple[int, Tensor]) -> tuple[int, int]:
+    height, width = item[1].shape[1:]
+    return height, width
+
+
+def at_once(device: torch.device | str, size: tuple[int, int]) -> int:
+    """How many photos ``(H, W)`` a network sees at a time: one on a CPU, which one keeps busy; on a GPU as many as its
+    memory has 32 kB a pixel for."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return 1
+    return max(1, torch.cuda.get_device_properties(device).total_memory // 32768 // max(1, size[0] * size[1]))
+
+
+def alike(
+    items: Iterable[T], size: Callable[[T], tuple[int, int]], most: Callable[[tuple[int, int]], int]
+) -> Iterator[list[T]]:
+    """Items of one size that follow each other, in groups of at most as many as that size allows."""
+    group: list[T] = []
+    for item in items:
+        if group and size(item) != size(group[0]):
+            yield group
+            group = []
+        group.append(item)
+        if len(group) >= most(size(item)):  # at once: the next may take a while to come
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 class _Images(torch.utils.data.Dataset[Any]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -26,6 +28,7 @@ from cacl.crf import CRFArguments, dense_crf
 from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError, expected
 from cacl.images import Mask, Pixels, read_image
+from cacl.loading import alike, at_once
 from cacl.settings import Machine
 from cacl.tables import Photos
 from cacl.tagger import weights_of
@@ -145,7 +148,8 @@ def segment_each(
     reading, finishing = _Reading(settings.longest, range), _Finishing(finish, arguments)
     if torch.device(machine.device).type == "cpu":
         return map_processes(_Whole(net, machine, reading, finishing), items, workers=machine.workers)
-    logits = (_infer(net, photo, machine) for photo in load(reading, keys=items, workers=machine.workers))
+    read = alike(load(reading, keys=items, workers=machine.workers), _size, partial(at_once, machine.device))
+    logits = chain.from_iterable(_infer(net, group, machine) for group in read)
     return map_processes(finishing, logits, workers=machine.crf_workers)
 
 
@@ -235,23 +239,29 @@ class _Whole(Generic[R]):
     finishing: _Finishing[R]
 
     def __call__(self, item: _Item) -> tuple[Any, R | InputError]:
-        return self.finishing(_infer(self.net, self.reading[item], self.machine))
+        return self.finishing(_infer(self.net, [self.reading[item]], self.machine)[0])
 
 
-def _infer(
-    net: DeepLabV2,
-    item: tuple[Any, tuple[_Photo, NDArray[np.float32] | None] | InputError],
-    machine: Machine,
-) -> tuple[Any, _Logits | InputError]:
-    key, found = item
-    if isinstance(found, InputError):
-        return key, found
-    photo, tags = found
-    image = normalize(torch.from_numpy(photo.pixels).permute(2, 0, 1))[None]
+_Read = tuple[Any, tuple[_Photo, NDArray[np.float32] | None] | InputError]
+
+
+def _size(item: _Read) -> tuple[int, int]:
+    """Of a photo as the network sees it; of one that could not be read none."""
+    found = item[1]
+    return (0, 0) if isinstance(found, InputError) else found[0].pixels.shape[:2]
+
+
+def _infer(net: DeepLabV2, group: Sequence[_Read], machine: Machine) -> list[tuple[Any, _Logits | InputError]]:
+    """The logits of photos of one size."""
+    read = [(key, *found) for key, found in group if not isinstance(found, InputError)]
+    if not read:
+        return [(key, found) for key, found in group if isinstance(found, InputError)]
+    images = torch.stack([normalize(torch.from_numpy(photo.pixels).permute(2, 0, 1)) for _, photo, _ in read])
     with timed("network"), torch.no_grad(), evaluating(net), machine.autocast():
-        logits = net(image.to(machine.device, memory_format=torch.channels_last))
+        logits = net(images.to(machine.device, memory_format=torch.channels_last))
         assert isinstance(logits, Tensor)
-        return key, _Logits(photo, tags, logits[0].float().cpu().numpy())
+        values = logits.float().cpu().numpy()
+    return [(key, _Logits(photo, tags, each)) for (key, photo, tags), each in zip(read, values, strict=True)]
 
 
 def mask_of(logits: Tensor, pixels: Pixels, size: tuple[int, int], crf: CRFArguments | None = None) -> Mask:

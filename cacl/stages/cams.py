@@ -26,7 +26,7 @@ from cacl.constants import BACKGROUND_SCORE
 from cacl.datasets import Dataset
 from cacl.errors import expected
 from cacl.images import Mask
-from cacl.loading import load_images
+from cacl.loading import load_alike
 from cacl.log import Journal
 from cacl.metrics import SCORES, Counts, Sweep, count_scores, sweep_of
 from cacl.pictures import threshold
@@ -83,15 +83,17 @@ def predict_cams(
     desc: str = "cams",
 ) -> Iterator[tuple[int, ImageCAMs]]:
     """(index, CAMs of the image's labels) of some images, one by one; arguments as for :func:`make_cams`."""
-    images = load_images(dataset, indices, machine.workers, pinned=machine.on_gpu)
-    for index, image in watched(images, total=len(indices), desc=desc, progress=machine.progress):
-        classes = torch.tensor(dataset.entries[index].labels, dtype=torch.int64, device="cpu")
-        size = map_size(image.shape[1:])
-        photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
+    for some, photos in load_alike(dataset, indices, machine, desc=desc):
+        labels = [np.array(dataset.entries[index].labels, dtype=np.int64) for index in some]
+        classes = np.unique(np.concatenate(labels))
+        size = map_size(photos.shape[2:])
         with timed("network"), machine.autocast():
-            maps = net.predict(photo, scales=settings.scales, flip=settings.flip, size=size, classes=classes)[0]
+            maps = net.predict(
+                photos, scales=settings.scales, flip=settings.flip, size=size, classes=torch.from_numpy(classes)
+            )
             made = maps.half().cpu().numpy()
-        yield index, ImageCAMs(classes.numpy(), made)
+        for index, own, found in zip(some, labels, made, strict=True):
+            yield index, ImageCAMs(own, found[np.searchsorted(classes, own)])
 
 
 def evaluate_cams(

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from cacl._support.clock import timed
 from cacl._support.distributed import barrier
 from cacl._support.loaders import naming_dead_loaders
-from cacl._support.progress import watched
 from cacl.artifacts import ImageCAMs, cams_of, save_cams, to_make
 from cacl.constants import IMAGENET_STD
 from cacl.crf import check_backend
 from cacl.datasets import Dataset
 from cacl.irn import IRNet
-from cacl.loading import load_images
+from cacl.loading import load_alike
 from cacl.log import Journal
 from cacl.mining import pseudo_mask
 from cacl.random_walk import propagate, spread
@@ -64,20 +63,20 @@ def walk_cams(
         ValueError: if a file of CAMs is missing or broken.
     """
     wanted = to_make(dataset, out, ".npz", keep=keep)
-    images = load_images(dataset, wanted, machine.workers, pinned=machine.on_gpu)
     with barrier(), naming_dead_loaders():
-        for index, image in watched(images, total=len(wanted), desc="random walk", progress=machine.progress):
-            photo = image[None].to(machine.device, memory_format=torch.channels_last, non_blocking=True)
-            found = cams_of(dataset, cams, index)
-            if net is None:
-                with timed("walk"):
-                    walked = walk_colours(found, photo[0], settings)
-            else:
+        for some, photos in load_alike(dataset, wanted, machine, desc="random walk"):
+            edges = None
+            if net is not None:
                 with timed("network"), machine.autocast():
-                    edges = net.predict(photo)[0]
+                    edges = net.predict(photos)
+            for number, index in enumerate(some):
+                found = cams_of(dataset, cams, index)
                 with timed("walk"):
-                    walked = walk(found, edges, settings)
-            save_cams(out / f"{dataset.entries[index].id}.npz", walked)
+                    if edges is None:
+                        walked = walk_colours(found, photos[number], settings)
+                    else:
+                        walked = walk(found, edges[number], settings)
+                save_cams(out / f"{dataset.entries[index].id}.npz", walked)
 
 
 def walk(cams: ImageCAMs, edges: Tensor, settings: Walk = Walk()) -> ImageCAMs:
