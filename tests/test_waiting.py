@@ -82,6 +82,23 @@ def test_what_the_shared_memory_has_no_room_for_comes_another_way(caplog):
     assert "[run] workers = 0" in line
 
 
+class Priorities(torch.utils.data.Dataset):
+    """How much whoever loads an item gives way to others."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return os.nice(0)
+
+
+def test_who_loads_gives_way_to_who_computes():
+    """But not this process, where it loads itself."""
+    own = os.nice(0)
+    assert list(load(Priorities(), workers=1)) == [min(19, own + 10)] * 2
+    assert list(load(Priorities(), workers=0)) == [own] * 2
+
+
 def test_where_there_is_room_nothing_is_said(caplog):
     check(load(Numbers(), workers=2))
     assert warnings_of(caplog) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import threading
 import time
@@ -66,7 +67,7 @@ def load(
         num_workers=workers,
         collate_fn=_Sending(collate or _as_it_is),
         pin_memory=pinned,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     before = set(active_children())
@@ -211,10 +212,16 @@ def naming_dead_loaders() -> Iterator[None]:
         ) from None
 
 
-def _leave_signals(worker: int) -> None:
-    """In a process of a ``DataLoader``: whoever is asked to stop ends it, and needs its images until then."""
+def _begin(worker: int) -> None:
+    """In a process of a ``DataLoader``: whoever is asked to stop ends it, and needs its images until then.
+
+    It gives way to a network on the same cores, whose threads wait for each other where one of them is put off: on two
+    cores a training step is a tenth faster.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 @dataclass(frozen=True)
