@@ -101,7 +101,7 @@ class DeepLabV2(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, C, h, w)`` at this one scale."""
-        weight = next(self.aspp.parameters())
+        weight: Tensor = self.aspp[0].weight  # type: ignore[assignment]
         return head_of(
             check_maps(self.backbone(images), images, weight), weight, self._branched, training=self.training
         )
@@ -111,8 +111,8 @@ class DeepLabV2(nn.Module):
         branches: list[nn.Conv2d] = list(self.aspp)  # type: ignore[arg-type]
         small: list[nn.Conv2d] = []
         if self.training:  # in evaluation the size may be a symbol, as in an export
-            small = [branch for branch in branches if max(features.shape[-2:]) <= branch.dilation[0]]
-        parts = [branch(features) for branch in branches[: len(branches) - len(small)]]
+            small = [branch for branch in branches if max(features.shape[-2:]) <= branch.dilation[0] and _plain(branch)]
+        parts = [branch(features) for branch in branches if branch not in small]
         total: Tensor = reduce(torch.add, [*parts, _middle(small, features)] if small else parts)
         return total
 
@@ -151,8 +151,13 @@ class DeepLabV2(nn.Module):
 def _middle(branches: Sequence[nn.Conv2d], features: Tensor) -> Tensor:
     """The sum of branches whose windows, but for their middle, lie outside of maps as small as these."""
     weight = torch.stack([branch.weight[:, :, 1:2, 1:2] for branch in branches]).sum(0)
-    bias = torch.stack([branch.bias for branch in branches if branch.bias is not None]).sum(0)
-    return F.conv2d(features, weight, bias)
+    biases = [branch.bias for branch in branches if branch.bias is not None]
+    return F.conv2d(features, weight, torch.stack(biases).sum(0) if biases else None)
+
+
+def _plain(branch: nn.Module) -> bool:
+    """Whether nobody has put something around a branch, such as another parametrisation of its weight."""
+    return type(branch) is nn.Conv2d and not branch._forward_pre_hooks and not branch._forward_hooks
 
 
 def segmentation_loss(logits: Sequence[Tensor], masks: Tensor, *, across: bool = False) -> Tensor:

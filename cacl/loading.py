@@ -55,11 +55,11 @@ def _size_of(item: tuple[int, Tensor]) -> tuple[int, int]:
 
 def at_once(device: torch.device | str, size: tuple[int, int]) -> int:
     """How many photos ``(H, W)`` a network sees at a time: one on a CPU, which one keeps busy; on a GPU as many as its
-    memory has 32 kB a pixel for."""
-    device = torch.device(device)
-    if device.type != "cuda":
+    memory has 32 kB a pixel for, and at most 32."""
+    device, pixels = torch.device(device), size[0] * size[1]
+    if device.type != "cuda" or not pixels:
         return 1
-    return max(1, torch.cuda.get_device_properties(device).total_memory // 32768 // max(1, size[0] * size[1]))
+    return max(1, min(32, torch.cuda.get_device_properties(device).total_memory // 32768 // pixels))
 
 
 def alike(

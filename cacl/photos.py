@@ -106,8 +106,8 @@ def segment_photos(
     """Masks of photos, one by one.
 
     On a CPU each of the workers, a process of one thread, takes a photo from its file to the end. On a GPU the network
-    runs in this process, and others load photos and do CRFs. Only a few photos are in memory at a time, and only a few
-    more are asked for.
+    runs in this process, on photos of one size that follow each other, and others load photos and do CRFs. Only a few
+    photos are in memory at a time (on a GPU some 32 more), and only a few more are asked for.
 
     Args:
         net: on the machine's device; runs in evaluation mode.

@@ -20,7 +20,7 @@ from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder
 from cacl.errors import InputError
 from cacl.log import Callback, Journal, measured
-from cacl.runs.checking import check_files_of, check_lists_of
+from cacl.runs.checking import are_known, check_elsewhere, check_files_of, check_lists_of
 from cacl.runs.evaluation import SHARED, evaluate
 from cacl.runs.folder import State
 from cacl.runs.results import Result
@@ -84,7 +84,7 @@ def run(
     if callback is not None:
         check_callable("callback", callback)
     config = _configuration(config, chain)
-    session = Session(config, encoder, backbone, criterion, chain=_whole(config))
+    session = Session(config, encoder, backbone, criterion, chain=_whole(config), resume=resume)
     wanted = _wanted(session, stages)
     device = local_device(config.run.device, "[run] device")
     with defaults_of(device), process_group(device, config.run.timeout_seconds), locked(config.run.out):
@@ -122,7 +122,7 @@ def plan(
         ValueError: if the configuration, the chain or a list of the data is wrong.
     """
     config = _configuration(config, chain)
-    session = Session(config, encoder, backbone, criterion, chain=_whole(config), planning=True)
+    session = Session(config, encoder, backbone, criterion, chain=_whole(config), planning=True, resume=resume)
     wanted = _wanted(session, stages)
     lines = []
     for stage, word, missing in _walk(session, wanted, resume=resume):
@@ -212,7 +212,9 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     with barrier():
         _ = session.datasets
     _ = session.fingerprints
-    notes = rank_zero(lambda: [] if session.files.knows(session.fingerprints) else check_lists_of(session))
+    with barrier():
+        check_elsewhere(session)
+    notes = rank_zero(lambda: [] if are_known(session) else check_lists_of(session))
     # Of rank 0: a file may have another time on another machine.
     until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
@@ -240,7 +242,7 @@ def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
 
 
 def _check_data(session: Session, notes: Sequence[str]) -> None:
-    if not session.files.knows(session.fingerprints):
+    if not are_known(session):
         for note in dict.fromkeys([*notes, *check_files_of(session)]):
             logger.warning("%s", note)
     decided = session.config.changed({"run": {"precision": session.precision}})

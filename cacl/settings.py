@@ -194,7 +194,7 @@ class Data(Table):
     """Split that is trained on: images and labels, never a mask."""
     eval: str = "val"
     """Split that CAMs are evaluated on where it has masks; empty for none."""
-    sample: Positive = 20000
+    sample: Annotated[int, Field(ge=1, lt=2**63, strict=True)] = 20000
     """The most images of a split, evenly spread, that are looked at before the first step; ``cacl check`` opens all."""
     range: Annotated[tuple[Number, Number], AfterValidator(check_span)] | None = None
     """What the values of deep images span, such as ``[0, 4095]``; by their type if None (see

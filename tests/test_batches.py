@@ -67,7 +67,8 @@ def test_what_fits_into_a_gpu(monkeypatch):
     assert at_once("cpu", (512, 512)) == 1
     assert at_once("cuda:0", (512, 512)) == 10
     assert at_once("cuda", (9000, 9000)) == 1
-    assert at_once("cuda", (0, 0)) > 1  # photos that could not be read
+    assert at_once("cuda", (32, 32)) == 32
+    assert at_once("cuda", (0, 0)) == 1  # photos that could not be read
 
 
 def test_cams_are_those_of_photos_one_by_one(data, tmp_path, request):

@@ -316,7 +316,7 @@ def test_a_table_of_odd_splits(root):
 def test_only_endings_of_photos_are_endings():
     for name in ("a.jpg", "a.JPEG", "a.tif", "a.webp", "a.avif", "a.jp2", "a.jfif", "a.ppm"):
         assert without_ending(Path("x.1", name)) == Path("x.1/a")
-    for name in ("frame.0001", "Dr. Who", "v1.2", ".png", "2024.01.31"):
+    for name in ("frame.0001", "Dr. Who", "v1.2", ".png", "..png", "2024.01.31"):
         assert without_ending(Path("x.1", name)) == Path("x.1", name)
     Image.init()
     photos = {e for e, kind in Image.registered_extensions().items() if kind in ("JPEG", "PNG", "TIFF", "JPEG2000")}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TinyBackbone
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models import resnet101
 
 from cacl.deeplab import RATES, SCALES, DeepLabV2, probabilities, segmentation_loss
@@ -78,6 +79,29 @@ def test_the_head_is_a_sum_of_dilated_convolutions(net, size):
                     total += branch.weight[:, :, i, j].double() @ at
             total += branch.bias
         torch.testing.assert_close(result[:, y, x], total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda branch: prune.l1_unstructured(branch, "weight", amount=0.2),
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda branch: setattr(branch, "bias", None),
+    ],
+)
+def test_branches_that_somebody_has_changed(net, change):
+    """Pruned, with a weight that is made of others, without a bias: two steps, on maps smaller than their windows."""
+    for branch in net.aspp:
+        change(branch)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    before = [p.detach().clone() for p in net.aspp.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        segmentation_loss(net(torch.randn(2, 3, 64, 64)), torch.zeros(2, 64, 64, dtype=torch.uint8)).backward()
+        optimizer.step()
+    assert not all(map(torch.equal, net.aspp.parameters(), before))
+    assert net.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 def test_the_maximum_is_over_the_scales(net):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cacl import pipeline
 from cacl.artifacts import to_make
 from cacl.cli import main
 from cacl.config import Config
-from cacl.datasets import CSVDataset, Dataset, open_dataset
+from cacl.datasets import CSVDataset, Dataset, check_folder, open_dataset
 from cacl.datasets.files import fingerprint, missing, spread
 
 
@@ -168,3 +169,51 @@ def test_check_opens_a_sample(root, tmp_path, monkeypatch, capsys):
     assert "images/9.png: no such file\n" in capsys.readouterr().out
     assert main(["check", str(root), "--sample", "0"]) == 2
     assert capsys.readouterr().err == "cacl: --sample: expected at least 1 image, but got 0\n"
+
+
+def test_a_class_that_a_sample_does_not_show_is_a_note(root):
+    """It may be in the photos that were not opened."""
+    rows = (root / "dataset.csv").read_text().replace("images/0.png,boat", "images/0.png,boat;train")
+    (root / "dataset.csv").write_text(rows)
+    assert check_folder(root, splits=["train"]) == []
+    lines = check_folder(root, sample=3, splits=["train"])
+    assert all(line.startswith("note: ") for line in lines)
+    assert any("none of the 3 masks shows 'train' (a label of 1 photo), of those that were opened" in e for e in lines)
+
+
+def test_a_list_of_other_folders_is_another_one(root, tmp_path):
+    """Though files have the same names, sizes and times; where all of it lies does not count."""
+    first = fingerprint(open_dataset("csv", root, "train"), sample=3)
+    moved = root.rename(tmp_path / "elsewhere")
+    assert fingerprint(open_dataset("csv", moved, "train"), sample=3) == first
+    shutil.copytree(moved / "masks", moved / "others")
+    table = moved / "dataset.csv"
+    table.write_text(table.read_text().replace("masks/", "others/"))
+    assert fingerprint(open_dataset("csv", moved, "train"), sample=3).listed != first.listed
+
+
+def test_a_restart_looks_at_all_again(root):
+    def again(*more):
+        pipeline.run(config(root, *more), encoder=TinyEncoder(), backbone=TinyBackbone(), stages=(), resume=False)
+
+    start(config(root))
+    path = root / "images/1.png"
+    path.write_bytes(b"no photo")
+    start(config(root))  # it is not in the sample
+    again()
+    with pytest.raises(ValueError, match=r"images/1.png: not an image that decodes"):
+        again("data.sample=20")
+    (root / "images/3.png").unlink()
+    start(config(root))
+    with pytest.raises(ValueError, match=r"images/3.png: no such file"):
+        again()
+
+
+def test_lists_of_splits_without_masks_count_too(root):
+    table = root / "dataset.csv"
+    rows = [re.sub(r"masks/[0-9]+.png,val$", ",val", line) for line in table.read_text().splitlines()]
+    table.write_text("\n".join(rows))
+    start(config(root, "predict.split=train"))
+    table.write_text("\n".join([*rows, "images/0.png,boat,,val"]))
+    with pytest.raises(ValueError, match="expected each photo in one split"):
+        start(config(root, "predict.split=train"))

@@ -79,6 +79,13 @@ def test_what_decides_between_classes_is_not_rounded(make):
     torch.testing.assert_close(found, torch.stack([branch(features.float()) for branch in head]).sum(0))
 
 
+@pytest.mark.parametrize("make", [CAMNet, DeepLabV2])
+def test_where_there_is_no_autocast(make):
+    net = make(3, backbone="scenes", weights=None).to("meta").eval()
+    maps = net.scores if make is CAMNet else net.logits
+    assert maps(torch.empty(1, 3, 32, 48, device="meta")).shape == (1, 3, 4, 6)
+
+
 def test_cams_and_masks_are_those_of_float32(tmp_path):
     """bf16 has 8 bits: at least 99.9 % of the pixels are the same, and no CAM differs by more than some of them."""
     torch.manual_seed(0)

@@ -202,15 +202,19 @@ def barrier() -> Iterator[None]:
             raise own if own is not None and number == rank() else ElsewhereError(message)
 
 
+def first_here() -> bool:
+    """Whether this process is the first one of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def local_rank_zero_first(function: Callable[[], T]) -> T:
     """What ``function`` gives, first on one process of each machine: what it downloads, the others find there."""
     if world_size() == 1:
         return function()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
     results: list[T] = []
     for turn in (True, False):
         with barrier():
-            if first == turn:
+            if first_here() == turn:
                 results.append(function())
     return results[0]
 

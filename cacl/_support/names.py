@@ -29,7 +29,7 @@ def without_ending(path: Path) -> Path:
 def stem_of(name: str) -> str:
     """A file's name without the ending of a photo."""
     stem, dot, ending = name.rpartition(".")
-    return stem if stem and f"{dot}{ending}".lower() in ENDINGS else name
+    return stem if stem.strip(".") and f"{dot}{ending}".lower() in ENDINGS else name
 
 
 def composed(text: str) -> str:

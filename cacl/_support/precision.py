@@ -45,9 +45,10 @@ def computing_in(precision: Literal["fp32", "bf16", "fp16"], device: torch.devic
 def head_of(features: Tensor, weight: Tensor, head: Callable[[Tensor], Tensor], *, training: bool) -> Tensor:
     """What a network's last layers make of its features: in evaluation, under autocast, in the type of their weight,
     since what decides between classes must not be rounded, and costs little beside the rest."""
-    if training or not torch.is_autocast_enabled(features.device.type):  # an export traces no autocast
+    kind = features.device.type
+    if training or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return head(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):  # not where it is off: an export traces none
         return head(features.to(weight.dtype))
 
 

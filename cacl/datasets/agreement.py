@@ -26,10 +26,11 @@ class Agreement:
     Args:
         classes: the K class names.
         drawn: whether the masks are drawn from the labels' own objects, so that their values cannot be another list's.
+        whole: whether all photos of the split are counted; a class that none of some shows may be in others.
     """
 
-    def __init__(self, classes: Sequence[str], *, drawn: bool = False) -> None:
-        self._classes, self._drawn = classes, drawn
+    def __init__(self, classes: Sequence[str], *, drawn: bool = False, whole: bool = True) -> None:
+        self._classes, self._drawn, self._whole = classes, drawn, whole
         self._tagged = [0] * len(classes)
         self._shown = self._photos = self._void = self._bare = self._labelled_bare = self._veiled = 0
         self._unlabelled = self._different = self._apart = self._labelled = 0
@@ -70,7 +71,7 @@ class Agreement:
             )
         wanted = "expected the masks to show what the photos are labelled with"
         shifted = max(self._low, self._high) > self._labelled / 2
-        if self._missing and not (self._drawn and self._shown):
+        if self._missing and not (self._shown and (self._drawn or not self._whole)):
             return f"{wanted}, but {self._none_shows()}; {self._cause()}"
         if self._labelled and not self._drawn and (shifted or self._apart > self._labelled / 2):
             count = self._different if shifted else self._apart
@@ -113,6 +114,8 @@ class Agreement:
         if self._drawn and (self._missing or self._different > MANY * self._labelled):
             what = self._none_shows() if self._missing else f"{self._different} of {masks} show not all of the labels"
             found.append(f"{what}: outlines draw nothing there, or are behind those of smaller objects")
+        if self._missing and not self._drawn and not self._whole:
+            found.append(f"{self._none_shows()}, of those that were opened; {self._cause()}")
         if self._bare and self._bare == self._photos:
             found.append(
                 f"the {masks} hold only 0 and 255, which is void, so no class is scored: if 255 is the object, write "

@@ -72,7 +72,7 @@ def check_folder(
 ) -> list[str]:
     """Check the data set in a folder: its lists, every file, and whether labels and masks say the same.
 
-    A run finds the same in the splits that it uses, since it does the same before its first step.
+    A run finds the same in the splits that it uses, since it does the same (of a sample) before its first step.
 
     Args:
         root: the folder.
@@ -224,8 +224,9 @@ def _opened_all(
         return number, *_opened(dataset, index, faint, masks=masks and entry.mask is not None)
 
     faint: list[str] = []
-    agreement = Agreement(dataset.classes, drawn=isinstance(dataset, InOneFile))
     chosen = range(len(dataset)) if indices is None else indices
+    whole = len(chosen) >= len(dataset)
+    agreement = Agreement(dataset.classes, drawn=isinstance(dataset, InOneFile), whole=whole)
     with (
         ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
         watched(None, total=len(chosen), desc="check", progress=progress) as bar,

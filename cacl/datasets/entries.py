@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,9 +107,10 @@ class Entries(Sequence[Entry]):
         return other
 
     def parts(self) -> Iterator[bytes | memoryview]:
-        """Pieces of memory that are the same for the same entries only, wherever their folders are."""
+        """Pieces of memory that are the same for the same entries only, wherever the folder lies that all are in."""
         for words in (self._ids, *self._files):
             yield from words.parts()
+        yield repr(_below(list(self._folders))).encode("utf-8", "surrogatepass")
         for numbers in (self._labels, self._ends, *self._in):
             yield numbers.tobytes()
 
@@ -125,6 +127,15 @@ class Entries(Sequence[Entry]):
 
     def __hash__(self) -> int:
         return hash(self._ids)
+
+
+def _below(folders: Sequence[str]) -> list[str]:
+    """Folders as seen from the one that all of them are in."""
+    try:
+        shared = os.path.commonpath(folders)
+    except ValueError:  # there is none: no folder at all, drives, absolute ones and others
+        return list(folders)
+    return [os.path.relpath(folder, shared) for folder in folders] if len(folders) > 1 else [os.path.basename(shared)]
 
 
 class MasksIn(Sequence[Entry]):

@@ -77,10 +77,10 @@ def fingerprint_of(dataset: Listed, *, masks: bool) -> str:
     return digest.hexdigest()
 
 
-def missing(entries: Sequence[Entry]) -> list[str]:
-    """A line for each file that is not there, or for the folder that it should be in."""
+def missing(entries: Sequence[Entry], indices: Sequence[int] | None = None) -> list[str]:
+    """A line for each file that is not there, or for the folder that it should be in; of all entries, or of some."""
     lines: dict[str, None] = {}
-    for at, files in _states(entries, range(len(entries))):
+    for at, files in _states(entries, range(len(entries)) if indices is None else indices):
         if None in files:
             entry = entries[at]
             lines |= {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from cacl._support.distributed import first_here, rank
 from cacl.config import Config
 from cacl.datasets import FORMATS
 from cacl.datasets.checking import Findings, check_files, check_lists, check_parts
+from cacl.datasets.files import missing, spread
 from cacl.errors import InputError
 from cacl.runs.session import Session
 from cacl.stages.contrast import backgrounds
@@ -25,6 +27,24 @@ def check_config(config: Config, *, sample: int | None = None, progress: bool = 
             except InputError as error:
                 found.problems += str(error).splitlines()
     return found.lines
+
+
+def are_known(session: Session) -> bool:
+    """Whether the data of a run are those that were last checked."""
+    return session.known_data == {role: each._asdict() for role, each in session.fingerprints.items()}
+
+
+def check_elsewhere(session: Session) -> None:
+    """Refuse files that are missing on this machine, where it is another one than that of rank 0, which looks itself.
+
+    Raises:
+        ValueError: one line a file.
+    """
+    if rank() and first_here():
+        sample = session.config.data.sample if are_known(session) else None
+        entries = [session.open(split).entries for split in _splits(session)]
+        if lines := [line for some in entries for line in missing(some, spread(len(some), sample))]:
+            raise InputError("\n".join(dict.fromkeys(lines)))
 
 
 def check_lists_of(session: Session) -> list[str]:

@@ -51,10 +51,6 @@ class RunFolder:
         """Role -> what the data were when they were last checked, as it is in ``data.json``."""
         return {role: each for role, each in read_json(self.path / "data.json").items() if isinstance(each, dict)}
 
-    def knows(self, fingerprints: Mapping[str, Fingerprint]) -> bool:
-        """Whether the data are those that were last checked."""
-        return self.data == {role: each._asdict() for role, each in fingerprints.items()}
-
     def keep_data(self, fingerprints: Mapping[str, Fingerprint]) -> None:
         """Write down what the data are that have been checked."""
         write_json(self.path / "data.json", {role: each._asdict() for role, each in fingerprints.items()})

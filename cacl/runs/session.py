@@ -51,6 +51,7 @@ class Session:
         chain: the stages; those of the configuration if empty.
         planning: whether nothing is computed, written or drawn.
         drawing: whether scenes that are missing are drawn; else they are an error.
+        resume: whether what the run folder says counts.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Session:
     chain: Chain = ()
     planning: bool = False
     drawing: bool = True
+    resume: bool = True
     keys: dict[str, str] = field(default_factory=dict, init=False)
     """Stage -> the hash of everything that its result follows from, as far as anybody has asked."""
     _opened: dict[str, Dataset] = field(default_factory=dict, init=False)
@@ -212,20 +214,25 @@ class Session:
 
     @cached_property
     def fingerprints(self) -> dict[str, Fingerprint]:
-        """Of the data sets by their roles, as this run found them; what is not there is an error."""
+        """Of the splits by their roles, as this run found them; files that are found to be missing are an error."""
 
         def look() -> dict[str, Fingerprint]:
-            known, found = self.files.data, dict[str, Fingerprint]()  # by split
-            for role, dataset in self.datasets.items():
-                split = self.splits[role]
-                if split not in found:
-                    found[split] = fingerprint(dataset, sample=self.config.data.sample, known=known.get(role))
-            return {role: found[self.splits[role]] for role in self.datasets}
+            known, found = self.known_data, dict[str, Fingerprint]()  # by split
+            for role, split in self.splits.items():
+                if split and split not in found:
+                    sample = self.config.data.sample
+                    found[split] = fingerprint(self.open(split), sample=sample, known=known.get(role))
+            return {role: found[split] for role, split in self.splits.items() if split}
 
         return rank_zero(look)
 
+    @property
+    def known_data(self) -> dict[str, Any]:
+        """Role -> the fingerprint of the data that were last checked; empty where everything is to be done again."""
+        return self.files.data if self.resume else {}
+
     def fingerprint(self, role: Role) -> str:
-        return self.fingerprints[role].images
+        return self.fingerprints[role].images if self.splits[role] else ""
 
     # Networks and other large objects
 

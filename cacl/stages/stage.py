@@ -83,7 +83,7 @@ class Context(Protocol):
         """Whether a stage has finished with these settings."""
 
     def fingerprint(self, role: Role) -> str:
-        """A hash of the images with a role, and of their labels."""
+        """A hash of the images with a role, and of their labels; empty where there is no such split."""
 
     def identity(self, argument: Literal["encoder", "backbone", "criterion"]) -> str:
         """What tells one given object from another; empty where none was given."""
