@@ -16,6 +16,8 @@ from cacl.cli import main
 from cacl.config import Config
 from cacl.datasets import CSVDataset, Dataset, check_folder, open_dataset
 from cacl.datasets.files import fingerprint, missing, spread
+from cacl.runs import checking
+from cacl.runs.session import Session
 
 
 @pytest.fixture
@@ -217,3 +219,26 @@ def test_lists_of_splits_without_masks_count_too(root):
     table.write_text("\n".join([*rows, "images/0.png,boat,,val"]))
     with pytest.raises(ValueError, match="expected each photo in one split"):
         start(config(root, "predict.split=train"))
+
+
+def test_each_machine_looks_for_its_files(root, monkeypatch):
+    """Rank 0 looks itself; of the others the first on a machine, at all files or, where the data are known, at some."""
+
+    def look(rank, local):
+        session = Session(config(root))
+        _ = session.fingerprints
+        path = root / "images/3.png"
+        path.rename(root / "gone")
+        monkeypatch.setattr(checking, "rank", lambda: rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        try:
+            checking.check_elsewhere(session)
+        finally:
+            (root / "gone").rename(path)
+
+    look(0, "0")
+    look(3, "1")
+    with pytest.raises(ValueError, match=r"images/3.png: no such file$"):
+        look(2, "0")
+    start(config(root))
+    look(2, "0")  # it is not in the sample
