@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from cacl._support.precision import _processor
 
+# `precision = "auto"` is float32 here and in the scripts that import this, also on a processor that has bf16.
+_processor.__defaults__ = (Path(os.devnull),)
+
 
 class TinyEncoder(nn.Module):
     """An ImageTextEncoder of a few kilobytes; its texts' features are hashes, so equal texts have equal features."""
@@ -63,15 +66,6 @@ def _ctrl_c_is_heard():
     """Also where the tests are a background job, which starts with Ctrl-C ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _any_processor():
-    """``precision = "auto"`` is float32 here, also on a processor that has bf16: what a test expects does not depend on
-    where it runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_processor, "__defaults__", (Path(os.devnull),))
-        yield
 
 
 @pytest.fixture
