@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +54,20 @@ def to_make(dataset: Dataset, out: Path, ending: str, *, keep: bool) -> list[int
     """The indices of this process's share of the images, but for those that have a file in ``out`` which is kept."""
 
     def missing() -> Sequence[int]:
-        if not out.is_dir() or not any(out.iterdir()):
+        if not _has_entries(out):
             return range(len(dataset))
         return [i for i, entry in enumerate(dataset.entries) if not (out / f"{entry.id}{ending}").is_file()]
 
     return list(shard(rank_zero(missing) if keep else range(len(dataset))))
+
+
+def _has_entries(folder: Path) -> bool:
+    """Whether anything is in a folder, which is not listed for that."""
+    try:
+        with os.scandir(folder) as found:
+            return next(found, None) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 @timed("files")

@@ -212,15 +212,16 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     with barrier():
         _ = session.datasets
     _ = session.fingerprints
+    known = rank_zero(lambda: are_known(session))
     with barrier():
-        check_elsewhere(session)
-    notes = rank_zero(lambda: [] if are_known(session) else check_lists_of(session))
+        check_elsewhere(session, known=known)
+    notes = [] if known else rank_zero(lambda: check_lists_of(session))
     # Of rank 0: a file may have another time on another machine.
     until = _until(session, wanted)
     session.keys.update(rank_zero(lambda: {stage.name: session.key_of(stage) for stage in until}))
     with barrier():
         _check_settings(session, wanted, resume=resume)
-    rank_zero(lambda: _check_data(session, notes))
+    rank_zero(lambda: _check_data(session, notes, known=known))
 
 
 def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
@@ -241,8 +242,8 @@ def _check_settings(session: Session, wanted: Chain, *, resume: bool) -> None:
                 stage.check(session, session.settings(stage))
 
 
-def _check_data(session: Session, notes: Sequence[str]) -> None:
-    if not are_known(session):
+def _check_data(session: Session, notes: Sequence[str], *, known: bool) -> None:
+    if not known:
         for note in dict.fromkeys([*notes, *check_files_of(session)]):
             logger.warning("%s", note)
     decided = session.config.changed({"run": {"precision": session.precision}})

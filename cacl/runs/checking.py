@@ -34,14 +34,15 @@ def are_known(session: Session) -> bool:
     return session.known_data == {role: each._asdict() for role, each in session.fingerprints.items()}
 
 
-def check_elsewhere(session: Session) -> None:
-    """Refuse files that are missing on this machine, where it is another one than that of rank 0, which looks itself.
+def check_elsewhere(session: Session, *, known: bool) -> None:
+    """Refuse files that are missing on this machine, where it is another one than that of rank 0, which looks itself;
+    of data that are known in a sample.
 
     Raises:
         ValueError: one line a file.
     """
     if rank() and first_here():
-        sample = session.config.data.sample if are_known(session) else None
+        sample = session.config.data.sample if known else None
         entries = [session.open(split).entries for split in _splits(session)]
         if lines := [line for some in entries for line in missing(some, spread(len(some), sample))]:
             raise InputError("\n".join(dict.fromkeys(lines)))
