@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from cacl._support.distributed import rank, rank_zero
 from cacl.errors import InputError
 
@@ -74,62 +76,61 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another run is using the folder, or it cannot be written to.
     """
-    file = rank_zero(lambda: _lock(folder))
+    rank_zero(lambda: _lock(folder))
     try:
         yield
     finally:
-        if file is not None and rank() == 0:
-            _held.discard(os.path.realpath(folder))
-            with suppress(OSError):
-                (folder / _LOCK).unlink()
-            os.close(file)
-            with suppress(OSError):  # of a run that was refused, nothing stays
-                folder.rmdir()
+        if rank() == 0:
+            _unlock(folder)
 
 
-_LOCK = ".lock"
-_held: set[str] = set()
-"""By this process, in which the system would give the lock again."""
+_LOCK, _OWNER = ".lock", ".owner"
+_held: dict[str, FileLock] = {}
+"""By this process: real path of the folder -> its lock."""
 
 
-def _lock(folder: Path) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    path, owner = folder / _LOCK, f"process {os.getpid()} on {platform.node()}"
-    if os.path.realpath(folder) in _held:
-        raise InputError(f"{folder}: another run is using this folder ({owner})")
+def _lock(folder: Path) -> None:
+    owner = folder / _OWNER
     try:
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / _LOCK, timeout=0)
             try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            except FileNotFoundError:  # the folder's last user ended just now and removed it
-                continue
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; not of those that it forks
-                if os.path.samestat(os.stat(path), os.fstat(file)):
-                    os.truncate(file, 0)
-                    os.write(file, f"{owner}\n".encode())
-                    _held.add(os.path.realpath(folder))
-                    return file
-                os.close(file)  # another file by now
-            except FileNotFoundError:
-                os.close(file)
-            except (BlockingIOError, PermissionError):
-                owner = os.read(file, 100).decode(errors="replace").strip()
-                os.close(file)
-                raise InputError(f"{folder}: another run is using this folder ({owner})") from None
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                break
+            except (FileExistsError, FileNotFoundError):  # the folder's last user ended just now and removed it?
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise
+            except Timeout:
+                raise InputError(f"{folder}: another run is using this folder ({_read(owner)})") from None
             except OSError as error:
-                os.close(file)
-                path.unlink(missing_ok=True)
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 logger.warning("%s: nothing keeps a second run out: the file system has no locks", folder)
-                return None
+                (folder / _LOCK).unlink(missing_ok=True)
+                return
+        _held[os.path.realpath(folder)] = lock
+        write_text(owner, f"process {os.getpid()} on {platform.node()}\n")
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, but {error.strerror or error}") from None
+
+
+def _read(owner: Path) -> str:
+    try:
+        return owner.read_text(encoding="utf-8", errors="replace")[:100].strip()
+    except OSError:  # it begins or ends just now
+        return "unknown"
+
+
+def _unlock(folder: Path) -> None:
+    if (lock := _held.pop(os.path.realpath(folder), None)) is None:
+        return
+    for name in (_OWNER, _LOCK):  # before the lock ends: a file that another run has locked must stay
+        with suppress(OSError):
+            (folder / name).unlink()
+    lock.release()
+    with suppress(OSError):  # of a run that was refused, nothing stays
+        folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

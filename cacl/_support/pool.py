@@ -205,7 +205,7 @@ def _main_module(module: ModuleType) -> Iterator[None]:
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Ctrl-C, which reaches the parent too, waits; a process that is started here never sees it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if sys.platform == "win32":  # which has no such masks
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -261,6 +261,8 @@ def _call(item: Any) -> Any:
 
 def _end_tracker() -> None:
     """The process in which multiprocessing keeps count of semaphores would else end a moment after this one."""
+    if sys.platform == "win32":  # which counts none
+        return
     tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
     process, pipe = getattr(tracker, "_pid", None), getattr(tracker, "_fd", None)
     if process is None or pipe is None:
