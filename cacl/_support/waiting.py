@@ -57,7 +57,7 @@ class Patience:
             with suppress(OSError, ValueError):  # it has ended, or the system has no such file
                 fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])  # in the program, and in the system for it
-        return ticks / os.sysconf("SC_CLK_TCK") if sys.platform == "linux" else 0.0
+        return ticks / os.sysconf("SC_CLK_TCK") if ticks and sys.platform != "win32" else 0.0
 
 
 @cache
