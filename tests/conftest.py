@@ -107,3 +107,8 @@ def clip_state() -> dict[str, Tensor]:
             transformer_layers=1,
         )
     return model.state_dict()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.name != "posix" and item.get_closest_marker("posix"):
+        pytest.skip("links, signals and a shell as POSIX has them")

@@ -310,6 +310,7 @@ def test_it_is_not_computed_again_until_something_changes(blind, monkeypatch):
     assert first.metrics["cams"]["key"] != second.metrics["cams"]["key"]
 
 
+@pytest.mark.posix
 def test_without_words_or_an_encoder_there_is_none(blind, monkeypatch):
     root, result = blind
     stages = ["warmup", "cacl", "cams"]

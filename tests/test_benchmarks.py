@@ -212,6 +212,7 @@ def test_ceiling_of_masks_that_are_true_is_what_the_run_has(tmp_path: Path, spli
         assert found[name]["share"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 def test_what_a_gpu_will_run_runs_through(tmp_path):
     command = ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "out", "--small"]
@@ -229,6 +230,7 @@ def test_what_a_gpu_will_run_runs_through(tmp_path):
         assert inference[name]["fp32_ms"] > 0
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
     (tmp_path / "python").write_text(

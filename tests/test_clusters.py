@@ -19,6 +19,7 @@ from cacl.deeplab import DeepLabV2
 from cacl.photos import save_segmenter
 from cacl.predict import predict
 
+pytestmark = pytest.mark.posix
 PAGE = Path(__file__).parents[1] / "docs/how-to/clusters.md"
 
 

@@ -527,6 +527,7 @@ def mistakes(place: Path):
     ]  # fmt: skip
 
 
+@pytest.mark.posix
 def test_every_message_is_what_the_code_says(place):
     said: list[list[str]] = []
     for mistake in mistakes(place):

@@ -30,7 +30,7 @@ from cacl.training import Interrupts
 
 resource = pytest.importorskip("resource")  # not on Windows
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks")
+pytestmark = pytest.mark.posix
 
 STAGES = "warmup,cacl,cams"
 on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")

@@ -30,6 +30,7 @@ from cacl.errors import shown
 from cacl.images import read_mask
 from cacl.log import _peak_mb
 
+pytestmark = pytest.mark.posix
 PAGE = Path(__file__).parents[1] / "docs/results/hostile-input.md"
 SECONDS, MEGABYTES = 20, 700
 """What any bad input may cost at most."""

@@ -89,6 +89,7 @@ def test_names_that_are_not_a_photos_own(photos, tmp_path):
         _ = Inputs([], tmp_path / "out", listed=listed).survey
 
 
+@pytest.mark.posix
 def test_a_link_is_a_photo_of_its_own(photos, tmp_path):
     os.symlink(photos / "a.png", photos / "link.png")
     assert names(Inputs([photos], tmp_path / "out"))[-3:] == ["link", "sub/a", "sub/deep/c"]
@@ -153,6 +154,7 @@ def test_a_photo_that_is_named_twice_is_of_one_part(photos, tmp_path, monkeypatc
     assert sorted(found) == ["a", "b", "d", "e", "f", "g", "sub/a", "sub/deep/c"]
 
 
+@pytest.mark.posix
 def test_a_list_that_can_be_read_once(tmp_path):
     reading, writing = os.pipe()
     os.write(writing, b"a.png\nb.png\n")
@@ -254,6 +256,7 @@ def test_what_is_there_is_kept(model, photos, tmp_path, capsys):
     assert (found.masks, found.kept) == ([], 8)
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 def test_parts_make_the_files_of_one_process(model, photos, tmp_path, monkeypatch):
     """A list of links, in parts, one of which is killed and started again; one photo is broken."""

@@ -20,7 +20,8 @@ import cacl
 from cacl.backbones import named_backbone
 from cacl.encoders import load_encoder
 assert cacl.__file__.startswith(sys.argv[1]), cacl.__file__
-print(load_encoder("scenes").encode_text(["a photo of a boat."]).shape, named_backbone("scenes", "DEFAULT").out_channels)
+texts = load_encoder("scenes").encode_text(["a photo of a boat."])
+print(texts.shape, named_backbone("scenes", "DEFAULT").out_channels)
 """
 
 

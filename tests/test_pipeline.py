@@ -425,6 +425,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path):
     peaks = []

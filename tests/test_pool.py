@@ -154,6 +154,7 @@ def test_a_function_of_the_script_works_where_guarded_and_is_one_line_where_not(
     assert "ChildProcessError: A worker process died" in err.splitlines()[-1]
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])

@@ -136,6 +136,7 @@ def test_bad_files_do_not_stop_the_rest(model, tmp_path, capsys, workers):
     assert not (tmp_path / "out/failures.txt").exists()  # of the call before
 
 
+@pytest.mark.posix
 def test_photos_are_never_written_over(model, tmp_path, capsys):
     photo = tmp_path / "a.png"
     Image.new("RGB", (40, 30), (200, 10, 10)).save(photo)
@@ -154,6 +155,7 @@ def test_photos_are_never_written_over(model, tmp_path, capsys):
     assert photo.read_bytes() == before
 
 
+@pytest.mark.posix
 def test_masks_in_a_folder_of_photos_are_no_photos(model, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
     for _ in range(2):
@@ -212,6 +214,7 @@ def test_files_that_are_named_keep_what_is_no_ending(model, tmp_path):
     assert [path.name for path in made.masks] == ["frame.0001.png", "frame.0002.png", "frame.png"]
 
 
+@pytest.mark.posix
 def test_linked_folders_are_gone_into_once(tmp_path):
     for name in ("photos/z", "elsewhere/deep"):
         (tmp_path / name).mkdir(parents=True)
