@@ -244,6 +244,8 @@ def run(words, monkeypatch) -> set[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return {word for word in arguments if word.endswith(".py")}
+    elif program == "docker":
+        assert (ROOT / "Dockerfile").read_text(encoding="utf-8").count("\nFROM python:") == 2
     elif program == "sbatch":
         assert all(Path(argument).is_file() for argument in arguments)
     else:
