@@ -88,7 +88,7 @@ def run(
         process_group(local_device(config.run.device, "[run] device"), config.run.timeout_seconds),
         locked(config.run.out),
     ):
-        config = config.changed({"run": {"precision": rank_zero(partial(_precision, config))}})
+        config = config.changed({"run": {"precision": rank_zero(partial(_precision, config)), "track": ()}})
         given = {"encoder": encoder, "backbone": backbone, "callback": callback}
         paths = _run(config, [table for table in tables if table != "methods"], seeds, given)
         if "methods" in tables:

@@ -16,8 +16,8 @@ from cacl._support.names import check_working_folder
 from cacl._support.toml import merged, parse_overrides, read_toml, toml_value
 from cacl.datasets import FORMATS
 from cacl.errors import InputError, did_you_mean, quoted, shown
-from cacl.settings import Backgrounds, CAMNetwork, Data, Encoder, Mark, Prompts, Report, Run, Scenes, Table
-from cacl.tables import METHODS, TABLES, Predict
+from cacl.settings import Backgrounds, CAMNetwork, Data, Encoder, Mark, Prompts, Run, Scenes, Table
+from cacl.tables import METHODS, TABLES, Predict, Report
 
 if TYPE_CHECKING:
     from cacl.stages.chain import Chain
@@ -170,10 +170,11 @@ def _again(chain: Chain | None, given: dict[str, Any]) -> Config:
 
 
 def _is_of_run(path: Path, config: Config) -> bool:
-    """Whether a file is what a run wrote for these settings; how much of it is shown changes nothing."""
+    """Whether a file is what a run wrote for these settings; how much of it is shown, and to whom, changes nothing."""
     tables = _file(path, type(config))
     whole = set(read_toml(path, PRESETS)) == set(type(config).model_fields)  # else a user wrote it
-    return whole and _validated(type(config), tables, str(path)) == config.changed({"run": {"progress": True}})
+    alike = {"run": {"progress": True, "track": ()}}
+    return whole and _validated(type(config), tables, str(path)).changed(alike) == config.changed(alike)
 
 
 def _validated(kind: type[Config], tables: Mapping[str, Any], source: str) -> Config:

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 from cacl._support.clock import spent
 from cacl._support.distributed import rank
 from cacl._support.files import naming, read_json, to_json, write_json, write_text
+from cacl.images import Pixels
 
 Record = dict[str, Any]
 """A line of ``log.jsonl``."""
 Callback = Callable[[Record], None]
 """Gets every record as it is written."""
+Pictures = Callable[[str, int, Pixels], None]
+"""Gets a stage, a step, and a picture ``(H, W, 3)``."""
 T = TypeVar("T")
 
 
@@ -75,6 +78,7 @@ class Journal:
         callback: gets every record.
         checkpoint_seconds: time between checkpoints.
         name: what records are filed under; the training's own name if empty.
+        pictures: gets a picture of some CAMs after each pass over the images, where CAMs are trained; of rank 0.
     """
 
     checkpoint: Path | None = None
@@ -83,6 +87,7 @@ class Journal:
     callback: Callback | None = None
     checkpoint_seconds: float = 60.0
     name: str = ""
+    pictures: Pictures | None = None
 
 
 def _not_through_a_link(path: str, flags: int) -> int:

@@ -25,10 +25,13 @@ from cacl.runs.evaluation import SHARED, evaluate
 from cacl.runs.folder import State
 from cacl.runs.results import Result
 from cacl.runs.session import NotDrawnError, Session
-from cacl.settings import Report, Training
+from cacl.runs.tracking import Tracking, tracked
+from cacl.settings import Training
 from cacl.stages.chain import CHAIN, Chain, check_chain, needed
 from cacl.stages.contrast import Criterion
 from cacl.stages.stage import Context, Stage
+from cacl.tables import Report
+from cacl.trackers import check_trackers
 from cacl.training import Loop
 
 logger = logging.getLogger("cacl")
@@ -70,7 +73,8 @@ def run(
         stages: which stages; those that they need must be finished. By default all but those on demand that no other
             needs, such as ``irn`` where ``[masks] affinity`` is another.
         resume: go on from what the run folder holds; False does the stages again.
-        callback: gets every record of ``log.jsonl`` as it is written, in every process.
+        callback: gets every record of ``log.jsonl`` as it is written, in every process; a
+            :class:`cacl.trackers.Tracker` gets scores and pictures too.
 
     Returns:
         The run folder and its metrics.
@@ -90,9 +94,10 @@ def run(
     with defaults_of(device), process_group(device, config.run.timeout_seconds), locked(config.run.out):
         try:
             _prepare(session, wanted, resume=resume)
-            for number, stage in enumerate(session.chain):
-                if stage in wanted:
-                    _do(session, number, resume=resume, callback=callback)
+            with tracked(session, callback, lambda: _again(session, wanted, resume=resume)) as tracking:
+                for number, stage in enumerate(session.chain):
+                    if stage in wanted:
+                        _do(session, number, resume=resume, tracking=tracking)
         finally:
             session.release(set())
         names = {stage.name for stage in session.chain}
@@ -148,6 +153,12 @@ def _walk(session: Session, wanted: Chain, *, resume: bool) -> Iterator[tuple[St
         if not missing:
             again = again or not (known and resume)
             ready.add(stage.name)
+
+
+def _again(session: Session, wanted: Chain, *, resume: bool) -> str | None:
+    """The first stage that is done again."""
+    words = _walk(session, wanted, resume=resume)
+    return next((stage.name for stage, word, _ in words if word == "to be done again"), None)
 
 
 def _until(session: Session, wanted: Chain) -> Chain:
@@ -210,6 +221,7 @@ def _prepare(session: Session, wanted: Chain, *, resume: bool) -> None:
     """Check settings and data before the first step, and write down the configuration."""
     session.precision = rank_zero(lambda: session.precision)  # which may have another processor
     with barrier():
+        check_trackers(session.config.run.track)
         _ = session.datasets
     _ = session.fingerprints
     known = rank_zero(lambda: are_known(session))
@@ -251,7 +263,7 @@ def _check_data(session: Session, notes: Sequence[str], *, known: bool) -> None:
     session.files.keep_data(session.fingerprints)
 
 
-def _do(session: Session, number: int, *, resume: bool, callback: Callback | None) -> None:
+def _do(session: Session, number: int, *, resume: bool, tracking: Tracking) -> None:
     """One stage, unless it is finished, and its evaluation, unless that is known."""
     stage, files = session.chain[number], session.files
     name, key = stage.name, session.key_of(stage)
@@ -261,12 +273,13 @@ def _do(session: Session, number: int, *, resume: bool, callback: Callback | Non
             {*stage.used(session.settings(stage)), *(SHARED if stage.judged else ())}
         )  # what was made to check settings, and what those before it had
         seconds = session.config.run.checkpoint_seconds
-        journal = Journal(files.checkpoint(name), key, files.log, callback, seconds, name)
+        journal = Journal(files.checkpoint(name), key, files.log, tracking, seconds, name, tracking.pictures)
         with session.at(stage), measured(files.costs, name, again=not state) as cost:
             stage.run(session, session.settings(stage), session.out / name, journal)
         rank_zero(lambda: files.end(name, key))
         logger.info("%s: finished in %.0f s", name, cost["seconds"])
     evaluate(session, stage)
+    tracking.ended(name, again=not state.finished)
 
 
 def _begin(session: Session, number: int, *, resume: bool) -> State:

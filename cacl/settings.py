@@ -49,6 +49,7 @@ Switch = Annotated[bool, Field(strict=True)]
 FileOrName = Annotated[str, Mark.FILE]
 Schedule = Literal["cosine", "poly", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class Table(BaseModel):
@@ -174,6 +175,8 @@ class Run(Table):
     """In a run of several processes, one that has not answered for so long is given up."""
     progress: Switch = True
     """Show progress bars where there is a terminal."""
+    track: tuple[TrackerName, ...] = ()
+    """Trackers that get all that is logged and scored (see :mod:`cacl.trackers`)."""
 
 
 class Data(Table):
@@ -243,13 +246,6 @@ class CAMNetwork(Table):
     weights: FileOrName = "DEFAULT"
     """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones, or the path of a file with some;
     empty for random ones."""
-
-
-class Report(Table):
-    """``[report]``: what is shown at the end."""
-
-    images: Positive = 8
-    """Photos in each table of photos."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tables of the chain's stages: every setting once, with its type, range and default.
+"""The tables of the chain's stages, and of the report: every setting once, with its type, range and default.
 
 They stand apart from the stages, which bring torch: what is wrong with a configuration is said at once.
 """
@@ -23,6 +23,7 @@ from cacl.settings import (
     Factor,
     FileOrName,
     Mark,
+    Positive,
     Radius,
     Schedule,
     Share,
@@ -257,6 +258,13 @@ class Predict(Photos):
     tags: Switch = False
     """Weigh the network's classes by those that the encoder sees in the whole photo (the stage ``tags``), which helps
     a network that has seen few photos; tables against papers go without."""
+
+
+class Report(Table):
+    """``[report]``: what is shown at the end."""
+
+    images: Positive = 8
+    """Photos in each table of photos."""
 
 
 TABLES: dict[str, type[Table]] = {

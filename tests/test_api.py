@@ -110,7 +110,9 @@ datasets.Entry(id, image, labels, mask)
 settings.Machine(device: torch.device | str = 'cpu', workers: int = 0, precision: Precision = 'fp32', progress: bool =
     True, crf: Backend = 'auto') -> None
 log.Journal(checkpoint: Path | None = None, key: str = '', log: Log | None = None, callback: Callback | None = None,
-    checkpoint_seconds: float = 60.0, name: str = '') -> None
+    checkpoint_seconds: float = 60.0, name: str = '', pictures: Pictures | None = None) -> None
+trackers.tracker(name: TrackerName, folder: str | PathLike[str], *, records: Sequence[Record] = (), settings:
+    Mapping[str, Any] | None = None, resume: bool = True) -> Tracker
 stages.warmup.train_classifier(net: CAMNet, dataset: Dataset, settings: Warmup = {Warmup}, *, seed: int = 0, machine:
     Machine = {Machine}, journal: Journal = {Journal}) -> None
 stages.contrast.train_cacl(net: CAMNet, criterion: Criterion, dataset: Dataset, settings: CACL = {CACL}, *, seed: int =

@@ -53,6 +53,7 @@ from cacl.scenes import generate
 from cacl.settings import Training
 from cacl.stages.cams import evaluate_cams
 from cacl.stages.chain import CHAIN
+from cacl.trackers import check_trackers
 from cacl.voc_archive import export_voc
 
 ROOT = Path(__file__).parents[1]
@@ -178,11 +179,17 @@ def a_tool() -> dict[str, object]:
     return {"segment": segment}
 
 
+def a_tracker() -> dict[str, object]:
+    pytest.importorskip("tensorboard")
+    return {}
+
+
 PREPARED = {
     "docs/concepts/chain.md": arrays,
     "docs/how-to/clusters.md": a_run,
     "docs/how-to/segmentation.md": a_run,
     "docs/how-to/seeds.md": a_tool,
+    "docs/how-to/trackers.md": a_tracker,
 }
 
 
@@ -505,6 +512,7 @@ def mistakes(place: Path):
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),
+        lambda: not_installed("mlflow", lambda: check_trackers(["mlflow"])),
         lambda: LOAD("tulips"),
         lambda: LOAD("config.toml", ["cacl.epoch=3"]),
         lambda: LOAD("config.toml", ["cacl.margin=3.0"]),

@@ -22,7 +22,7 @@ FLOORS = [
     "thresholds dense prompts selector regions losses matching criterion agreement camnet encoders backbones embedded "
     "crf random_walk irn mining deeplab metrics tagger methods clip_es",
     "images folders transforms pictures datasets scenes",
-    "settings tables log training loading artifacts photos seeds",
+    "settings tables log trackers training loading artifacts photos seeds",
     "stages",
     "config",
     "runs",

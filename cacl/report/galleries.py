@@ -21,13 +21,13 @@ from cacl.paper_tables import folders, variants
 from cacl.pictures import heatmap, threshold
 from cacl.report.gallery import Gallery
 from cacl.runs.session import Session
-from cacl.settings import Prompts, Report
+from cacl.settings import Prompts
 from cacl.stages.cams import camnet, predict_cams
 from cacl.stages.levels import own_scores
 from cacl.stages.predict import prediction_folder
 from cacl.stages.refined import refine_cams
 from cacl.stages.stage import Judged
-from cacl.tables import CACL, IRN, METHODS, CAMs
+from cacl.tables import CACL, IRN, METHODS, CAMs, Report
 
 logger = logging.getLogger("cacl")
 

@@ -16,8 +16,7 @@ from cacl.report.gallery import Gallery
 from cacl.report.page import Block, Section
 from cacl.runs.session import Session
 from cacl.seeds import SEEDS
-from cacl.settings import Report
-from cacl.tables import CAMs
+from cacl.tables import CAMs, Report
 
 
 def _columns(own: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from cacl.prompts import BACKGROUND_WORDS, SYNONYMS, BackgroundSet, PromptSet
 from cacl.settings import Encoder, Machine, Prompts
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
+from cacl.stages.shown import showing_cams
 from cacl.stages.stage import Context, Stage
 from cacl.stages.words import known_words
 from cacl.tables import CACL, METHODS
@@ -82,6 +83,7 @@ def train_cacl(
         others = {name: value for name, value in terms._asdict().items() if name != "total"}
         return {"loss": terms.total, **_logged({**others, **record()}, terms.total.device)}
 
+    journal = showing_cams(journal, net, dataset, settings.batch_size, machine)
     fit(step, modules, groups, dataset, settings, name="cacl", seed=seed, machine=machine, journal=journal)
 
 

@@ -16,6 +16,7 @@ from cacl.log import Journal
 from cacl.settings import CAMNetwork, Machine
 from cacl.stages.cams import cam_score, cam_score_depends, camnet, save_model
 from cacl.stages.score import Score
+from cacl.stages.shown import showing_cams
 from cacl.stages.stage import Context, Stage
 from cacl.tables import Warmup
 from cacl.training import fit
@@ -52,6 +53,7 @@ def train_classifier(
         return {"loss": F.multilabel_soft_margin_loss(logits, labels) * batch.share}
 
     groups = net.parameter_groups(settings.lr)
+    journal = showing_cams(journal, net, dataset, settings.batch_size, machine)
     fit(step, {"net": net}, groups, dataset, settings, name="warmup", seed=seed, machine=machine, journal=journal)
 
 
