@@ -16,6 +16,7 @@ from cacl._support.values import check_choice, check_positive
 from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.errors import expected
+from cacl.pretrained import Pretrained
 
 
 class CAMOutput(NamedTuple):
@@ -27,7 +28,7 @@ class CAMOutput(NamedTuple):
     """The same before the sigmoid."""
 
 
-class CAMNet(nn.Module):
+class CAMNet(Pretrained):
     """Class activation maps by a backbone, a 1×1 convolution without bias and a sigmoid (CA-CL, eq. 1).
 
     Args:
@@ -39,6 +40,8 @@ class CAMNet(nn.Module):
         weights: torchvision's name of the pretrained weights (downloaded once), the path of a file with some, or None
             for random ones; for a named backbone only. ``"scenes"`` brings its own, ``"DEFAULT"``.
 
+    :class:`cacl.pretrained.Pretrained` has ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
         TypeError: if ``backbone`` is no name and has no ``out_channels``.
@@ -49,12 +52,15 @@ class CAMNet(nn.Module):
         torch.Size([1, 20, 4, 4])
     """
 
+    _head = "classifier.weight"
+
     def __init__(
         self, num_classes: int = 20, *, backbone: str | nn.Module = "resnet50", weights: str | None = "DEFAULT"
     ) -> None:
         super().__init__()
         check_positive("num_classes", num_classes)
         self.num_classes = num_classes
+        self.backbone_name = backbone if isinstance(backbone, str) else ""
         self.backbone = named_backbone(backbone, weights) if isinstance(backbone, str) else backbone
         self.classifier = nn.Conv2d(channels_of(self.backbone), num_classes, 1, bias=False)
 

@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=commands.check)
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or the segment/model.pt of one")
+    model.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run folder, its segment/model.pt, or an exported folder"
+    )
     predict = added.add_parser(
         "predict",
         parents=[model],
@@ -163,10 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     export = added.add_parser(
         "export",
         parents=[model],
-        help="the segmenter as one file",
-        description="Write a segmenter for use without this package.",
+        help="the segmenter as one file, or as a folder to share",
+        description="Write a segmenter for use without this package, or as a folder with weights and a model card.",
     )
-    export.add_argument("--out", required=True, metavar="FILE", help="a .pt2 (torch.export) or .onnx file")
+    export.add_argument(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="a .pt2 (torch.export) or .onnx file; or a new folder, whose name ends in / or has no ending",
+    )
+    export.add_argument("--license", default="", metavar="NAME", help="of the folder's card, such as cc-by-4.0")
     export.set_defaults(command=commands.export)
 
     voc = added.add_parser(

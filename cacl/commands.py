@@ -109,10 +109,19 @@ def report(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    from cacl.export import export_segmenter
-    from cacl.predict import open_model
+    out = Path(options.out)
+    if options.out.endswith(("/", os.sep)) or not out.suffix or out.is_dir():
+        from cacl.sharing import export_pretrained
 
-    print(f"segmenter: {export_segmenter(open_model(options.model)[0], Path(options.out))}")
+        path = export_pretrained(options.model, out, license=options.license, chain=options.chain)
+    else:
+        from cacl.export import export_segmenter
+        from cacl.predict import open_model
+
+        if options.license:
+            raise InputError(f"--license: expected a folder as --out, which has a model card, but got {shown(out)}")
+        path = export_segmenter(open_model(options.model)[0], out)
+    print(f"segmenter: {path}")
     return 0
 
 

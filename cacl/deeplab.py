@@ -19,6 +19,7 @@ from cacl._support.weights import evaluating
 from cacl.backbones import named_backbone
 from cacl.constants import IGNORE
 from cacl.errors import InputTypeError, expected
+from cacl.pretrained import Pretrained
 
 RATES = (6, 12, 18, 24)
 """Dilations of the four 3×3 convolutions on the trunk's features."""
@@ -26,7 +27,7 @@ SCALES = (1.0, 0.75, 0.5)
 """Factors of the image's size, the image itself first."""
 
 
-class DeepLabV2(nn.Module):
+class DeepLabV2(Pretrained):
     """Semantic segmentation by a dilated ResNet and atrous spatial pyramid pooling (DeepLabV2, Chen et al. 2016).
 
     Args:
@@ -40,6 +41,8 @@ class DeepLabV2(nn.Module):
             size alone, which costs a good half of the time and gives a loss of one term instead of four. In evaluation
             it is the maximum over the scales either way.
 
+    :class:`cacl.pretrained.Pretrained` has ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
         TypeError: if ``backbone`` is no name and has no ``out_channels``.
@@ -49,6 +52,10 @@ class DeepLabV2(nn.Module):
         >>> net(torch.zeros(1, 3, 65, 50)).shape
         torch.Size([1, 21, 9, 7])
     """
+
+    _head = "aspp.0.weight"
+    _unnamed = 1
+    _options = ("freeze_batch_norm", "multi_scale")
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class DeepLabV2(nn.Module):
         super().__init__()
         check_positive("num_classes", num_classes)
         self.num_classes, self.freeze_batch_norm, self.multi_scale = num_classes, freeze_batch_norm, multi_scale
+        self.backbone_name = backbone if isinstance(backbone, str) else ""
         if isinstance(backbone, str):
             self.backbone: nn.Module = named_backbone(backbone, weights, stride=8).requires_grad_(True)
         else:

@@ -29,6 +29,7 @@ from cacl.deeplab import DeepLabV2, probabilities
 from cacl.errors import InputError, expected
 from cacl.images import Mask, Pixels, read_image
 from cacl.loading import alike, at_once
+from cacl.pretrained import CONFIG
 from cacl.settings import Machine
 from cacl.tables import Photos
 from cacl.tagger import weights_of
@@ -66,12 +67,20 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
     """Read a trained segmenter, in evaluation mode on the CPU.
 
     Args:
-        path: ``segment/model.pt`` of a run.
+        path: ``segment/model.pt`` of a run, or a folder of :meth:`cacl.pretrained.Pretrained.save_pretrained`.
         backbone: where it was trained with a backbone that has no name: one such; changed in place.
 
     Raises:
-        ValueError: if the file is missing, is something else, or needs a backbone.
+        ValueError: if the file is missing, is something else, or needs a backbone, or a folder names no classes.
     """
+    if path.is_dir():
+        saved = DeepLabV2.from_pretrained(path, backbone=backbone)
+        named = len(saved.classes)
+        if not 0 < named < IGNORE:
+            raise InputError(f"{path / CONFIG}: classes: expected 1 to {IGNORE - 1} names, but got {named}")
+        segmenter = Segmenter(saved, saved.classes)
+        segmenter.range = saved.range
+        return segmenter
     state = load_state(path)
     classes, name, weights = (state.get(key) for key in ("classes", "backbone", "weights"))
     named = isinstance(classes, list) and all(isinstance(word, str) for word in (*classes, name))

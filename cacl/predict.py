@@ -33,6 +33,7 @@ from cacl.images import Mask, Pixels
 from cacl.inputs import OVERLAYS, Inputs, Photo, Shard, Survey
 from cacl.photos import Segmenter, load_segmenter, segment_each
 from cacl.pictures import legend, overlay
+from cacl.pretrained import CONFIG
 from cacl.runs.folder import RunFolder
 from cacl.settings import Machine, Precision
 from cacl.stages.tags import PhotoTagger, load_tagger
@@ -100,7 +101,7 @@ def predict(
     one name but other endings keep them (``photo.jpg.png``). A photo is never written over.
 
     Args:
-        model: a run folder, or the ``segment/model.pt`` of one.
+        model: a run folder, the ``segment/model.pt`` of one, or a folder of ``save_pretrained``.
         photos: files of any size and mode, and folders, which are searched for photos, see
             :func:`cacl.folders.find_photos`; a file that is named itself may end in anything.
         out: folder of the masks.
@@ -222,13 +223,14 @@ def predict_each(
 
 
 def open_model(path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> tuple[Segmenter, Predict]:
-    """The segmenter of a run folder with the run's settings, or that of a file with the default ones.
+    """The segmenter of a run folder with the run's settings, or that of a file or a folder of
+    :meth:`cacl.pretrained.Pretrained.save_pretrained` with the default ones.
 
     Raises:
         ValueError: if there is none.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or (path / CONFIG).is_file():
         return load_segmenter(path, backbone=backbone), Predict()
     stage = path / "segment"
     if not (path / "config.toml").is_file() or not RunFolder(path).finished("segment"):

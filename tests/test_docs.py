@@ -44,6 +44,7 @@ from cacl._support.weights import check_takes_part
 from cacl.config import Config, config_class
 from cacl.crf import check_backend
 from cacl.datasets import VOC, CSVDataset, check_folder
+from cacl.deeplab import DeepLabV2
 from cacl.figures.style import check_report
 from cacl.images import VOC_COLOURS
 from cacl.irn import IRNet
@@ -65,6 +66,7 @@ SLOW = (
     "docs/how-to/clusters.md",
     "docs/how-to/many-gpus.md",
     "docs/how-to/segmentation.md",
+    "docs/how-to/sharing.md",
     "docs/results/ablations.md",
 )
 
@@ -190,6 +192,7 @@ PREPARED = {
     "docs/how-to/segmentation.md": a_run,
     "docs/how-to/seeds.md": a_tool,
     "docs/how-to/trackers.md": a_tracker,
+    "docs/how-to/sharing.md": a_run,
 }
 
 
@@ -373,6 +376,13 @@ def mistakes(place: Path):
         torch.save({"classes": ["boat"], "backbone": "resnet18", "weights": {}}, place / "misfit.pt")
         load_segmenter(place / "misfit.pt")
 
+    def no_pretrained():
+        DeepLabV2.from_pretrained(place / "photos")
+
+    def unnamed_backbone():
+        torch.save(CAMNet(2, backbone="scenes").state_dict(), place / "cams.pt")
+        CAMNet.from_pretrained(place / "cams.pt")
+
     def no_network(*_, **__):
         raise OSError("no route to host")
 
@@ -506,13 +516,16 @@ def mistakes(place: Path):
     torch.save({"weight": torch.tensor(float("nan"))}, place / "diverged.pt")
     return [
         broken_data, contradictions, wrong_header, without_masks, void_for_the_server, other_model, own_backbone,
-        misfit, weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
+        misfit, no_pretrained, unnamed_backbone,
+        weights_without_network, clip_without_network, diverging, dying, dying_loader, used_twice, left_alone,
         standing_still, other_dtype, made_for_inference, homeless, folder_gone,
         lambda: heard(no_room), lambda: heard(no_processes), lambda: heard(of_a_notebook), lambda: heard(two_threads),
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
         lambda: not_installed("jinja2", check_report),
         lambda: not_installed("mlflow", lambda: check_trackers(["mlflow"])),
+        lambda: not_installed("safetensors.torch", lambda: CAMNet(2, backbone="scenes").save_pretrained("net")),
+        lambda: not_installed("huggingface_hub", lambda: CAMNet.from_pretrained("me/boats")),
         lambda: LOAD("tulips"),
         lambda: LOAD("config.toml", ["cacl.epoch=3"]),
         lambda: LOAD("config.toml", ["cacl.margin=3.0"]),

@@ -19,14 +19,14 @@ PACKAGE = Path(cacl.__file__).parent
 # Each floor may import from itself and from those before it; what stands in no floor fails.
 FLOORS = [
     "constants errors _support",
-    "thresholds dense prompts selector regions losses matching criterion agreement camnet encoders backbones embedded "
-    "crf random_walk irn mining deeplab metrics tagger methods clip_es",
+    "thresholds dense prompts selector regions losses matching criterion agreement pretrained camnet encoders "
+    "backbones embedded crf random_walk irn mining deeplab metrics tagger methods clip_es",
     "images folders transforms pictures datasets scenes",
     "settings tables log trackers training loading artifacts photos seeds",
     "stages",
     "config",
     "runs",
-    "paper_tables inputs predict export voc_archive",
+    "paper_tables inputs predict export sharing voc_archive",
     "figures",
     "report",
     "pipeline",

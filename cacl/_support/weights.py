@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -81,10 +82,47 @@ def check_inflated(path: Path) -> None:
             raise ValueError(f"it would unpack to {size} bytes")
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) -> None:
+@timed("files")
+def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
+    """Save a state dict as a safetensors file, which can hold nothing but tensors.
+
+    Each name has values of its own, also where tensors share them.
+    """
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise InputError(
+            f"{path}: expected a state of tensors alone, but {others[0]!r} is {type(state[others[0]]).__name__}"
+        )
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    content = _safetensors().save(tensors, {"format": "pt"})
+    with replacing(path) as file:
+        file.write(content)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds, on the CPU."""
+    library = _safetensors()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        tensors: dict[str, Tensor] = library.load_file(path)
+    except Exception as error:  # of several kinds; each means that the file is something else, or not whole
+        raise InputError(f"{path}: not a safetensors file: {_other_file(path) or first_line(error)}") from None
+    return tensors
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(f"Files of safetensors need an extra: pip install 'cacl[hub]' ({error})") from None
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Any], source: object, *, as_stored: bool = False) -> None:
     """Load a state dict that fits in every name and shape, or refuse and leave the module as it was.
 
     It may be as a training left it: in another dict, or under what DDP, torch.compile and others put before names.
+    With ``as_stored`` the module takes over the floating point types too, else it keeps its own.
     """
     if not isinstance(state, Mapping):
         raise InputError(f"{source}: expected weights, but got {type(state).__name__}")
@@ -103,8 +141,27 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], source: object) ->
             f"{source}: does not fit: {len(fitting)} of {len(own)} parameters match; "
             f"{name!r}: expected {sizes[0]}, but got {sizes[1]}"
         )
+    types = _types(module, state, source) if as_stored else []
     check_weights(source, {name: value for name, value in state.items() if isinstance(value, Tensor)})
+    for tensor, kind in types:
+        tensor.data = tensor.data.to(kind)
     module.load_state_dict(state)
+
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _types(module: nn.Module, state: Mapping[str, Any], source: object) -> list[tuple[Tensor, torch.dtype]]:
+    """The tensors of a module that are of another type in a state dict, and that type."""
+    found = []
+    for name, own in (*module.named_parameters(), *module.named_buffers()):
+        stored = state[name].dtype if name in state else own.dtype
+        if stored != own.dtype:
+            if stored not in _FLOATING or not own.is_floating_point():
+                wanted = "a floating point type" if own.is_floating_point() else own.dtype
+                raise InputError(f"{source}: {name!r}: expected {wanted}, but got {stored}")
+            found.append((own, stored))
+    return found
 
 
 def _fits(own: object, other: object) -> bool:
