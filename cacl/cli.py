@@ -186,7 +186,46 @@ def _parser() -> argparse.ArgumentParser:
     voc.add_argument("--split", default="test", help="(default: test)")
     voc.add_argument("--competition", default="comp6", help="comp5 for VOC's own data only (default: comp6)")
     voc.set_defaults(command=commands.export_voc)
-    for command in (run, ablate, check, predict, report, voc):
+
+    labels = added.add_parser(
+        "labels",
+        help="masks as labels of other tools",
+        description="Write masks as COCO, YOLO, labelme or CVAT has labels, to train on or to correct.",
+    )
+    labels.add_argument("source", metavar="RUN_OR_MASKS", help="a run folder, or a folder of masks")
+    labels.add_argument("--format", required=True, choices=("coco", "yolo", "labelme", "cvat"), help="whose labels")
+    labels.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
+    labels.add_argument(
+        "--stage", choices=("masks", "predict"), help="of a run: which masks (default: the last ones of its photos)"
+    )
+    labels.add_argument("--photos", metavar="DIR", help="of a folder of masks: that of their photos")
+    labels.add_argument(
+        "--classes", metavar="FILE", help="of a folder of masks: a text with a class a line, or their run or model"
+    )
+    labels.add_argument(
+        "--shape", default="polygon", choices=("polygon", "rle"), help="rle is each pixel as it is (default: polygon)"
+    )
+    labels.add_argument(
+        "--tolerance", type=float, default=1.0, metavar="PIXELS",
+        help="how far polygons may be from the pixels' edges; 0: not at all (default: %(default)g)",
+    )  # fmt: skip
+    labels.add_argument(
+        "--whole", action="store_false", dest="parts", help="one label for each class of a photo, not for each region"
+    )
+    labels.add_argument(
+        "--min-area", type=int, default=1, metavar="N", help="leave regions of fewer pixels out (default: %(default)s)"
+    )
+    labels.add_argument(
+        "--worst-first", action="store_true", help="of a run: first.csv, by how little masks agree with their photos"
+    )
+    labels.add_argument(
+        "--confidence", action="store_true", help="of pseudo masks: a picture of what speaks for each pixel"
+    )
+    labels.add_argument("--copy", action="store_true", help="copy the photos in place of links; for CVAT, pack them")
+    labels.add_argument("--device", metavar="NAME", help="a torch device for the encoder (default: the run's)")
+    labels.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    labels.set_defaults(command=commands.labels)
+    for command in (run, ablate, check, predict, report, voc, labels):
         command.add_argument(
             "--no-progress", action="store_false", dest="progress", help="no progress bars, not on a terminal either"
         )

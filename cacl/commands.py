@@ -136,6 +136,39 @@ def export_voc(options: argparse.Namespace) -> int:
     return 0
 
 
+def labels(options: argparse.Namespace) -> int:
+    if not is_first():  # others have nothing to do
+        return 0
+    from cacl.label_sources import read_classes
+    from cacl.labels import export_labels
+
+    made = export_labels(
+        options.source,
+        options.out,
+        options.format,
+        stage=options.stage,
+        photos=options.photos,
+        classes=None if options.classes is None else read_classes(Path(options.classes)),
+        shape=options.shape,
+        tolerance=options.tolerance,
+        parts=options.parts,
+        min_area=options.min_area,
+        worst_first=options.worst_first,
+        confidence=options.confidence,
+        copy=options.copy,
+        device=options.device,
+        workers=options.workers,
+        progress=options.progress,
+        chain=options.chain,
+    )
+    left_out = f"; {made.left_out} without a mask left out" * bool(made.left_out)
+    print(f"{made.labels} labels of {made.photos} photos in {options.out}{left_out}")
+    if made.open:
+        lost = ", which YOLO takes for background" if options.format == "yolo" else ""
+        print(f"{made.open} photo{'s have' if made.open > 1 else ' has'} pixels that are left open (255){lost}")
+    return 0
+
+
 def ablate(options: argparse.Namespace) -> int:
     from cacl.config import split_overrides
 

@@ -64,6 +64,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS_TO_COME: tuple[str, ...] = ()
 SLOW = (
     "docs/how-to/clusters.md",
+    "docs/how-to/labels.md",
     "docs/how-to/many-gpus.md",
     "docs/how-to/segmentation.md",
     "docs/how-to/sharing.md",
@@ -189,6 +190,7 @@ def a_tracker() -> dict[str, object]:
 PREPARED = {
     "docs/concepts/chain.md": arrays,
     "docs/how-to/clusters.md": a_run,
+    "docs/how-to/labels.md": a_run,
     "docs/how-to/segmentation.md": a_run,
     "docs/how-to/seeds.md": a_tool,
     "docs/how-to/trackers.md": a_tracker,
@@ -307,7 +309,7 @@ def test_commands_in_the_text_exist():
 def test_files_that_pages_show_are_run():
     tested = "".join((ROOT / f"tests/test_{name}.py").read_text(encoding="utf-8") for name in ("clusters", "examples"))
     shown = [name for page in PAGES for name in re.findall(r"<!-- file: (\S+) -->", page.read_text(encoding="utf-8"))]
-    assert len(shown) == 3
+    assert len(shown) == 5
     assert all((ROOT / name).is_file() and f'{Path(name).name}"' in tested for name in shown)
 
 

@@ -7,9 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from drawn import picture, write_voc
+from drawn import picture, write_csv, write_voc
+
+from cacl.artifacts import save_mask
+from cacl.config import Config
+from cacl.images import read_mask
+from cacl.labels import export_labels
+from cacl.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +28,9 @@ def example(name, *arguments, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize(("name", "most"), [("train_voc.py", 100), ("drop_in.py", 60), ("ray_predict.py", 40)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("train_voc.py", 100), ("drop_in.py", 60), ("ray_predict.py", 40), ("smp_unet.py", 40)]
+)
 def test_examples_stay_short(name, most):
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= most
 
@@ -119,3 +128,52 @@ def test_no_path_of_a_machine_in_the_project():
         [git, "grep", "-nE", "/(home|Users)/[a-z]", "--", "cacl", "examples", "docs"], cwd=ROOT, check=False
     )
     assert done.returncode == 1
+
+
+@pytest.fixture
+def masked_run(tmp_path):
+    """A run as it is after the stage `masks`; a part of each mask is open, and one is all of it."""
+    write_csv(tmp_path / "data")
+    out = tmp_path / "my-run"
+    overrides = [f"data.root={tmp_path / 'data'}", "data.format=csv", "data.train=train", f"run.out={out}"]
+    out.mkdir()
+    (out / "config.toml").write_text(Config.load("voc", overrides).to_toml(), encoding="utf-8")
+    for i in range(6):
+        mask = read_mask(tmp_path / f"data/masks/{i}.png").numpy()
+        mask[: 48 if i == 3 else 5] = 255
+        save_mask(out / f"masks/train/{i}.png", mask)
+    RunFolder(out).mark("masks", "key", finished=True)
+    return out
+
+
+def test_smp_learns_from_pseudo_masks(masked_run, tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    small = ("--encoder", "resnet18", "--weights=", "--epochs", 6, "--batch-size", 3, "--crop", 64)
+    lines = example("smp_unet.py", "my-run", "--out", "unet.pt", *small, cwd=tmp_path).splitlines()
+    assert len(lines) == 6
+    assert float(lines[-1].split()[-1]) < 0.8 * float(lines[0].split()[-1])
+    assert torch.load(tmp_path / "unet.pt")["classes"] == ("boat", "train")
+
+
+def test_lightly_train_reads_pseudo_masks(masked_run, tmp_path, monkeypatch):
+    """The example gives LightlyTrain what its own reader takes; the training itself wants weights and minutes."""
+    lightly_train = pytest.importorskip("lightly_train")
+    from lightly_train._data.file_helpers import open_mask_numpy
+    from lightly_train._data.mask_semantic_segmentation_dataset import MaskSemanticSegmentationDataArgs
+
+    export_labels(masked_run, tmp_path / "labels", "coco", workers=0, progress=False)
+    given = {}
+    monkeypatch.setattr(lightly_train, "train_semantic_segmentation", lambda **settings: given.update(settings))
+    monkeypatch.setattr(
+        "sys.argv", ["x", str(masked_run), str(tmp_path / "labels"), "--out", str(tmp_path / "lightly")]
+    )
+    runpy.run_path(str(ROOT / "examples" / "lightly_segmentation.py"), run_name="__main__")
+    read = MaskSemanticSegmentationDataArgs(**given["data"])
+    assert read.included_classes == {0: "background", 1: "boat", 2: "train"}
+    arguments = read.get_train_args()
+    dataset = arguments.get_dataset_cls()(arguments, list(arguments.list_image_info()))
+    assert len(dataset.image_info) == 6
+    for row in dataset.image_info:
+        mask = read_mask(masked_run / "masks/train" / f"{Path(row['image_filepaths']).stem}.png").numpy().astype(int)
+        got = dataset.map_mask_labels_to_class_ids(open_mask_numpy(Path(row["mask_filepaths"])))
+        assert (got == np.where(mask == 255, dataset.ignore_index, mask)).all()

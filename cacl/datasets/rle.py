@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cacl.errors import quoted
 
@@ -94,6 +95,41 @@ def uncompressed(text: str) -> list[int]:
     if shift:
         raise ValueError("it is cut off")
     return counts
+
+
+def lengths_of(pixels: NDArray[np.bool_]) -> list[int]:
+    """The run lengths of an array, row by row: background and object take turns, the background first."""
+    values = pixels.ravel()
+    changes = np.flatnonzero(np.diff(values, prepend=False))
+    lengths: list[int] = np.diff(changes, prepend=0, append=values.size).tolist()
+    return lengths
+
+
+def columns_of(pixels: NDArray[np.bool_], left: int, top: int, size: tuple[int, int]) -> list[int]:
+    """The run lengths, column by column, of an array that lies in an image of ``size``, width and height."""
+    band = np.zeros((pixels.shape[1], size[1]), dtype=bool)  # its columns, as rows
+    band[:, top : top + pixels.shape[0]] = pixels.T
+    lengths = lengths_of(band)
+    lengths[0] += left * size[1]
+    rest = (size[0] - left - len(band)) * size[1]
+    if len(lengths) % 2:
+        lengths[-1] += rest
+    elif rest:
+        lengths.append(rest)
+    return lengths
+
+
+def compressed(counts: list[int]) -> str:
+    """Run lengths in COCO's code, which :func:`uncompressed` reads."""
+    letters = []
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            code, value = value & 31, value >> 5
+            more = value != (-1 if code & 16 else 0)  # the last letter's fifth bit is the sign
+            letters.append(chr(code + 32 * more + ord("0")))
+    return "".join(letters)
 
 
 def _pycocotools() -> ModuleType:

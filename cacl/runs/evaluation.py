@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cacl._support.distributed import rank_zero
 from cacl.agreement import MaskJudge
+from cacl.datasets import Dataset
 from cacl.errors import InputError
 from cacl.prompts import BackgroundSet, PromptSet
 from cacl.runs.session import Session
@@ -58,6 +60,30 @@ def evaluate(session: Session, stage: Stage[Any]) -> None:
     order = [each.name for each in session.chain]
     rank_zero(lambda: session.files.keep_score(name, score, key, order, photos))
     logger.info("%s: %s", name, score)
+
+
+def least_agreement_first(
+    session: Session, stage: Stage[Any], dataset: Dataset, masks: Path
+) -> list[tuple[int, float]]:
+    """The indices of all images with labels and how far their masks agree, the least first.
+
+    Raises:
+        ValueError: if the run has no encoder or no background words to judge by, or no image has a label.
+    """
+    wanted = labelled(dataset, len(dataset))
+    known = session.files.photos(stage.name)
+    if wanted and len(known) == len(wanted):  # the run has looked at all of them
+        indices = {dataset.entries[i].id: i for i in wanted}
+        if indices.keys() == {id for id, _ in known}:
+            return [(indices[id], agreement) for id, agreement in known]
+    words = _words(session)
+    if words is None:
+        raise InputError(
+            f"{session.out}: to say which masks agree least with their photos, an encoder and background words are "
+            "needed, which this run has not"
+        )
+    judge = _judge(session, words)
+    return _worst_first(evaluate_agreement(judge, dataset, masks, indices=wanted, machine=session.machine))
 
 
 def _words(session: Session) -> BackgroundSet | None:

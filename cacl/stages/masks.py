@@ -160,14 +160,14 @@ def _score_of(dataset: Dataset, cams: Path, settings: Masks) -> tuple[float, NDA
     return scores.low, levels
 
 
-def _seeds(run: Context, settings: Masks) -> Path:
-    """What the masks are made of."""
+def seeds_of(run: Context, settings: Masks) -> Path:
+    """The folder of the CAMs that the masks of a run are made of."""
     walked = settings.affinity != "none"
     return run.folder("masks") / "walk" if walked else run.folder("cams") / "train"
 
 
 def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
-    seeds = _seeds(run, settings)
+    seeds = seeds_of(run, settings)
     if settings.affinity != "none":
         net = irnet(run, "irn") if settings.affinity == "irn" else None
         walk_cams(net, run.train, run.folder("cams") / "train", seeds, settings, machine=run.machine, keep=True)
@@ -175,7 +175,7 @@ def _run(run: Context, settings: Masks, folder: Path, journal: Journal) -> None:
 
 
 def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
-    seeds = _seeds(run, settings)
+    seeds = seeds_of(run, settings)
     score, levels = _score_of(dataset, seeds, settings)
     matrix, images = evaluate_refined(
         dataset, seeds, settings, background_score=score, levels=levels, regions=settings.regions, machine=run.machine
@@ -190,7 +190,7 @@ def _score(run: Context, settings: Masks, dataset: Dataset) -> Score:
 
 
 def _judged(run: Context, settings: Masks, dataset: Dataset, known: float | None) -> Judged:
-    score = _score_of(dataset, _seeds(run, settings), settings)[0] if known is None else known
+    score = _score_of(dataset, seeds_of(run, settings), settings)[0] if known is None else known
     crf, auto = settings.iterations > 0, settings.background_score == "auto"
     return Judged("pseudo masks", run.folder("masks") / "train", score, crf=crf, auto=auto)
 
