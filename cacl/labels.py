@@ -39,6 +39,8 @@ FIRST = "first.csv"
 """Photos by their agreement, the least first."""
 CONFIDENCE = "confidence"
 """The folder of what speaks for each pixel."""
+_WORTH = 200
+"""Photos that take about as long as to start a process."""
 
 
 class Exported(NamedTuple):
@@ -105,7 +107,7 @@ def export_labels(
             speak for each pixel's value, 0 to 255; no probability, but comparable within a photo. What is 255 has 0.
         copy: copy the photos in place of links; for CVAT, into the archive.
         device: a torch device for the encoder; the run's own by default.
-        workers: number of processes; one a core if None.
+        workers: number of processes, one for every 200 photos at most; one a core if None.
         progress: show a progress bar where there is a terminal.
         chain: that of the run, CA-CL's by default.
 
@@ -134,8 +136,8 @@ def export_labels(
         found = of_folder(masks, photos, classes)
     drawing = Drawing(found.classes, shape, tolerance)
     labelling = _Labelling(FORMATS[format], drawing, parts, min_area, found.dataset, found.cams)
-    cores = usable_cores()
-    labelled = map_processes(labelling, found.items, workers=min(cores if workers is None else workers, cores))
+    most = usable_cores() if workers is None else min(workers, usable_cores())
+    labelled = map_processes(labelling, found.items, workers=min(most, 1 + found.total // _WORTH))
     with _whole(out) as folder:
         split = re.sub(r"[^\w.-]+", "-", found.split) or "train"
         writer = FORMATS[format].writer(folder, split, found.classes, copy)

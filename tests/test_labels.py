@@ -500,7 +500,8 @@ def test_datumaro_reads_cvat(tmp_path):
     ("format", "workers"),
     [("coco", "0"), ("yolo", "0"), ("labelme", "0"), ("cvat", "0"), pytest.param("coco", "2", marks=pytest.mark.slow)],
 )
-def test_processes_copies_and_the_command_give_the_same(folder, tmp_path, format, workers, capsys):
+def test_processes_copies_and_the_command_give_the_same(folder, tmp_path, format, workers, capsys, monkeypatch):
+    monkeypatch.setattr("cacl.labels._WORTH", 1)
     one, two = tmp_path / "one", tmp_path / "two"
     exported(folder, one, format, copy=True)
     arguments = [str(folder / "masks"), "--photos", str(folder / "photos"), "--classes", str(folder / "classes.txt")]
