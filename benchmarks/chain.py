@@ -14,7 +14,6 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from cacl._support.clip_library import import_clip
 from cacl.config import Config
 from cacl.datasets.listing import VOC_CLASSES
 from cacl.encoders import CLIPEncoder
+from cacl.rehearsal import images_of, speeds_of, stages_of
 
 TRAINED = ("warmup", "cacl", "irn", "segment")
-IMAGES = {"train": 10582, "val": 1449}  # of VOC 2012 with the augmented masks
+IMAGES = {"train": 10582, "segmented": 1449}  # of VOC 2012 with the augmented masks
 CLIP = {"ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12), "tiny": (32, 32, 1, 64, 16, 77, 49408, 64, 1, 1)}
 
 
@@ -62,7 +62,8 @@ def configure(args: argparse.Namespace, root: Path) -> Config:
     settings = [
         f"run.out={root / 'run'}", f"run.device={args.device}", f"run.precision={args.precision}",
         f"run.workers={args.workers}", f"run.compile={str(args.compile).lower()}", "data.format=csv",
-        f"data.root={root}", "data.train=train", "camnet.weights=", "segment.backbone=resnet101", "segment.weights=",
+        f"data.root={root}", "data.train=train", "data.eval=", "predict.split=val", "camnet.weights=",
+        "segment.backbone=resnet101", "segment.weights=",
     ]  # fmt: skip
     if args.tiny:
         settings += ["camnet.backbone=resnet18", "segment.backbone=resnet18", *(f"{s}.crop=32" for s in TRAINED)]
@@ -83,29 +84,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         on_gpu = torch.device(args.device).type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        pipeline.run(config, encoder=encoder("tiny" if args.tiny else "ViT-B/32"), stages=pipeline.STAGES[:-1])
-        log = [json.loads(line) for line in (config.run.out / "log.jsonl").read_text().splitlines()]
-        costs = json.loads((config.run.out / "times.json").read_text())
+        pipeline.run(config, encoder=encoder("tiny" if args.tiny else "ViT-B/32"), stages=stages_of(config))
+        speeds = speeds_of(config, {"train": args.images, "segmented": args.val})
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     stages: dict[str, dict[str, float]] = {}
-    for stage in pipeline.STAGES[:-1]:
-        rates = [record["images_per_second"] for record in log if record["stage"] == stage]
-        row: dict[str, float] = {}
-        files = IMAGES["val" if stage == "predict" else "train"]
-        own = args.val if stage == "predict" else args.images
-        if rates:
-            # The first steps load libraries and fill queues.
-            row["training images/s"] = median(rates[len(rates) // 3 :])
-            trained = getattr(paper, stage).epochs * IMAGES["train"] / row["training images/s"]
-        else:
-            trained = 0.0
-        if stage not in ("warmup", "cacl", "segment"):
-            batch = getattr(config, stage).batch_size if rates else 0
-            seconds = costs[stage]["seconds"] - sum(batch / rate for rate in rates)
-            row["files/s"] = own / max(seconds, 1e-9)
-            trained += files / row["files/s"]
-        row["hours of a VOC run"] = trained / 3600
-        stages[stage] = row
+    for stage, speed in speeds.items():
+        row = {"training images/s": speed.trained, "files/s": speed.files}
+        row["hours of a VOC run"] = speed.hours(getattr(paper, stage), images_of(stage, IMAGES))
+        stages[stage] = {key: value for key, value in row.items() if value is not None}
     settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
     return {"settings": settings, "stages": stages, "GiB of the GPU": memory}
 

@@ -42,11 +42,8 @@ part() { # name, seconds at most, command
     fi
 }
 
-"$python" - > "$out/machine.json" << 'PYTHON' || exit 1
-import json, platform, torch
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-print(json.dumps({"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}))
-PYTHON
+"$python" -c 'import json; from cacl._support.hardware import described; print(json.dumps(described()))' \
+    > "$out/machine.json" || exit 1
 if [ "$device" = cuda ]; then
     part tests 150 "$python" -m pytest -q -m cuda tests
 fi

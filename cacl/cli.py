@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None, *, chain: Chain | None = None) 
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         if is_first():
-            resumes = options.command in (commands.run, commands.ablate) and not getattr(options, "restart", False)
+            resumes = options.command in (commands.run, commands.reproduce, commands.ablate) and not getattr(
+                options, "restart", False
+            )
             print(f"cacl: stopped{'; the same command goes on from the last checkpoint' * resumes}", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     except NotFiniteError as error:
@@ -100,6 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--restart", action="store_true", help="do the stages again, from their beginning")
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the stages, run nothing")
     run.set_defaults(command=commands.run)
+
+    reproduce = added.add_parser(
+        "reproduce",
+        help="the paper's runs, and what came of them beside its figures",
+        description="Run the paper's setting stage by stage and write reproduce.json.",
+    )
+    reproduce.add_argument("experiment", choices=("voc", "coco"), help="whose data")
+    reproduce.add_argument("--data-root", required=True, metavar="DIR", help="the folder of the data, such as VOC2012")
+    reproduce.add_argument("--out", metavar="DIR", help="the run folder (default: cacl-voc, cacl-coco)")
+    reproduce.add_argument("--check", action="store_true", help="look at the data and print the plan, run nothing")
+    reproduce.add_argument(
+        "--any-data", action="store_true", help="take data that are not the paper's too; the result says so"
+    )
+    reproduce.set_defaults(command=commands.reproduce)
 
     ablate = added.add_parser(
         "ablate", help="the paper's tables on your data", description="Train the variants of the paper's tables."
@@ -225,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument("--device", metavar="NAME", help="a torch device for the encoder (default: the run's)")
     labels.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     labels.set_defaults(command=commands.labels)
-    for command in (run, ablate, check, predict, report, voc, labels):
+    for command in (run, reproduce, ablate, check, predict, report, voc, labels):
         command.add_argument(
             "--no-progress", action="store_false", dest="progress", help="no progress bars, not on a terminal either"
         )
@@ -234,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
             "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="what the values of deep images span"
             " (default: that of the data set or the segmenter, or by their type)",
         )  # fmt: skip
-    for command in (run, ablate, check):
+    for command in (run, reproduce, ablate, check):
         command.add_argument(
             "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting; may be repeated"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +22,21 @@ _SAID = 20
 
 
 def _config(options: argparse.Namespace, source: str) -> Config:
-    """What all processes read, and one complains about."""
     from cacl.config import Config
 
-    quiet = [] if options.progress else ["run.progress=false"]
+    with _said_once():
+        return Config.load(source, _overrides(options), chain=options.chain)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    return [*options.set, *([] if options.progress else ["run.progress=false"])]
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What all processes read, and one complains about."""
     try:
-        return Config.load(source, [*options.set, *quiet], chain=options.chain)
+        yield
     except InputError as error:
         raise error if is_first() else ElsewhereError(str(error)) from None
 
@@ -45,6 +56,24 @@ def run(options: argparse.Namespace) -> int:
     if is_first():
         print(result.summary())
         print(f"run folder: {result.out}")
+    return 0
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    from cacl.paper_tables import experiment
+
+    name = options.experiment
+    with _said_once():
+        config = experiment(name, options.data_root, options.out, _overrides(options), chain=options.chain)
+    from cacl import reproduce, reproduction
+
+    if options.check:
+        print("\n".join(reproduce.plan(name, config, any_data=options.any_data)))
+        return 0
+    record = reproduce.run(name, config, any_data=options.any_data)
+    if is_first():
+        print(reproduction.summary(record))
+        print(f"result: {config.run.out / reproduce.FILE}")
     return 0
 
 

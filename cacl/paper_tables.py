@@ -1,12 +1,98 @@
-"""The paper's tables 4 to 8: which trainings they compare, and what the paper measured."""
+"""The paper's tables: its results (1 to 3) and how they are run, and which trainings its tables 4 to 8 compare."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cacl._support.toml import toml_value
+from cacl._support.values import check_choice
 from cacl.config import Config
 from cacl.prompts import DEFAULT_TEMPLATES, ORIGAMI
+
+if TYPE_CHECKING:
+    from cacl.stages.chain import Chain
+
+
+class Figure(NamedTuple):
+    """A mean IoU of the paper."""
+
+    what: str
+    split: str
+    crf: bool
+    """Whether a CRF made the masks."""
+    miou: float
+    """In per cent."""
+    table: int
+    """Of the paper."""
+
+
+class Experiment(NamedTuple):
+    """How the paper's figures of a data set are run here."""
+
+    overrides: tuple[str, ...]
+    """Of the preset of the same name: where its default is another recipe than the paper's."""
+    open: tuple[str, ...]
+    """Settings whose value in the paper does not come with this package: whatever they are is no change."""
+    note: str
+    """What the paper has there."""
+    images: Mapping[str, int]
+    """Split -> its images, as the field counts them."""
+    figures: Mapping[str, Figure]
+    """Stage -> what the paper reports of it; ``"test"`` is no stage: only VOC's server can score it."""
+
+
+EXPERIMENTS = {
+    "voc": Experiment(
+        overrides=("segment.preset=paper",),
+        open=("segment.weights",),
+        note="the paper's segmenter begins with weights of COCO, which do not come with this package",
+        images={"train_aug": 10582, "train": 1464, "val": 1449},
+        figures={
+            "cacl": Figure("CAM", "train", False, 64.4, 1),
+            "masks": Figure("pseudo masks", "train", True, 76.0, 1),
+            "predict": Figure("DeepLabV2", "val", True, 71.8, 2),
+            "test": Figure("DeepLabV2", "test", True, 71.9, 2),
+        },
+    ),
+    "coco": Experiment(
+        overrides=("segment.preset=paper",),
+        open=(),
+        note="",
+        images={"train": 82783, "val": 40504},
+        figures={"predict": Figure("DeepLabV2", "val", True, 43.9, 3)},
+    ),
+}
+"""Preset -> the paper's results on its data (tables 1 to 3)."""
+
+
+def experiment(
+    name: str,
+    root: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    chain: Chain | None = None,
+) -> Config:
+    """The configuration of one of :data:`EXPERIMENTS`.
+
+    Args:
+        name: the experiment.
+        root: the folder of the data.
+        out: the run folder; that of the preset if None.
+        overrides: as of :meth:`cacl.config.Config.load`.
+        chain: as there.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    check_choice("name", name, EXPERIMENTS)
+    places = {"data.root": root, **({} if out is None else {"run.out": out})}
+    own = [f"{key}={toml_value(str(Path(path)))}" for key, path in places.items()]
+    return Config.load(name, [*EXPERIMENTS[name].overrides, *own, *overrides], chain=chain)
+
 
 TABLES = ("4", "5", "6", "7", "8", "theta")
 """The paper's tables 4 to 8, and the three modes of the threshold of eq. 10-11."""

@@ -102,6 +102,11 @@ pipeline.run(config: Config | str | PathLike[str], *, encoder: ImageTextEncoder 
 pipeline.plan(config: Config | str | PathLike[str], stages: Sequence[str] | None = None, *, resume: bool = True,
     encoder: ImageTextEncoder | None = None, backbone: nn.Module | None = None, criterion: Criterion | None = None,
     chain: Chain = {chain}) -> list[str]
+reproduce.run(name: str, config: Config, *, any_data: bool = False, encoder: ImageTextEncoder | None = None, backbone:
+    nn.Module | None = None, callback: Callback | None = None) -> dict[str, Any]
+reproduce.plan(name: str, config: Config, *, any_data: bool = False) -> list[str]
+paper_tables.experiment(name: str, root: str | PathLike[str], out: str | PathLike[str] | None = None, overrides:
+    Sequence[str] = (), *, chain: Chain | None = None) -> Config
 datasets.VOC(root: str | PathLike[str], split: str) -> None
 datasets.COCO(root: str | PathLike[str], split: str) -> None
 datasets.CSVDataset(root: str | PathLike[str], split: str | None = None) -> None
@@ -267,7 +272,8 @@ HEAVY = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "clip")
         ["run", "scenes", "--set", "cacl.alpa=1"], ["run", "scenes", "--stages", "nothing"],
         ["check", "scenes", "--set", "cacl.alpha=-1"], ["ablate", "scenes", "--set", "data.format=x"],
         ["ablate", "scenes", "--set", "pole.lr=x", "--set", "run.seed=-1"],
-        ["run", "voc", "--set", "prompts.templates=[]"],
+        ["run", "voc", "--set", "prompts.templates=[]"], ["reproduce", "--help"],
+        ["reproduce", "voc", "--data-root", ".", "--set", "cacl.alpa=1"],
     ],
 )  # fmt: skip
 def test_the_command_line_answers_without_torch(arguments):
