@@ -117,7 +117,7 @@ def predict(
         backend: of the CRF.
         backbone: where the segmenter was trained with a backbone that has no name: one such; changed in place.
         encoder: where ``tags`` were learned with an encoder that has no name: that one; put on the device.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
         keep: leave photos out whose mask is there already, whoever made it.
         precision: what the network computes in; ``"auto"`` is bf16 where the device has it natively, and else fp32.
 

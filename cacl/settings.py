@@ -174,7 +174,7 @@ class Run(Table):
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6, strict=True)] = 1800.0
     """In a run of several processes, one that has not answered for so long is given up."""
     progress: Switch = True
-    """Show progress bars where there is a terminal."""
+    """Show progress bars where there is a terminal or a notebook."""
     track: tuple[TrackerName, ...] = ()
     """Trackers that get all that is logged and scored (see :mod:`cacl.trackers`)."""
 
@@ -256,7 +256,7 @@ class Machine:
         device: where networks are.
         workers: processes that load images or take one each; 0 does everything in this one.
         precision: what networks compute in: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
-        progress: show progress bars where there is a terminal.
+        progress: show progress bars where there is a terminal or a notebook.
         crf: backend of the CRFs: ``"auto"``, ``"pydensecrf"``, ``"torch"``.
     """
 

@@ -55,7 +55,7 @@ class Loop:
         precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (with gradient scaling).
         checkpoint_seconds: time between checkpoints.
         masks: load masks too.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
     """
 
     epochs: float

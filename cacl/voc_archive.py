@@ -50,7 +50,7 @@ def export_voc(
         split: a list in ``ImageSets/Segmentation``.
         competition: ``"comp5"`` if nothing but VOC's own images was trained on; ``"comp6"`` if anything else was, such
             as the weights of ImageNet or CLIP.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
 
     Returns:
         ``out``.

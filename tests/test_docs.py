@@ -201,7 +201,7 @@ PREPARED = {
 WITH_SNIPPETS = [
     pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW))
     for page in PAGES
-    if snippets(page)
+    if snippets(page) and name_of(page) != "docs/how-to/notebook.md"  # `tests/test_notebook.py` runs it in a kernel
 ]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import logging
+import multiprocessing
 import pwd
 import re
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +302,23 @@ def test_a_folder_that_was_removed(tmp_path, monkeypatch):
     (tmp_path / "gone").rmdir()
     with pytest.raises(InputError, match=r"^the current folder: it was removed; change to one that is there$"):
         Config.load("scenes")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_nothing_stays_of_a_training_that_was_stopped(data, error):
+    """Though its traceback does, in a notebook until the next error: no batch, no process that loads images."""
+    batches = []
+
+    def stop(batch):
+        batches.append(weakref.ref(batch.images))
+        raise error
+
+    net, before = TinyBackbone(), set(multiprocessing.active_children())
+    with pytest.raises(error) as caught:
+        train(
+            stop, {"net": net}, torch.optim.SGD(net.parameters(), lr=0.1),
+            CSVDataset(data, "train"), Loop(9, 2, RandomView(32), workers=1),
+        )  # fmt: skip
+    assert caught.value.__traceback__ is not None
+    assert batches[0]() is None
+    assert set(multiprocessing.active_children()) <= before

@@ -86,6 +86,7 @@ def load(
     processes = [process for process in active_children() if process not in before]
     _loaders.update(processes)
     watch = _Watch(processes, stop, asked)
+    _running.add(loaded)
     try:
         while True:
             try:
@@ -103,6 +104,11 @@ def load(
             yield _mapped(_Piped, _received, item)
     finally:
         watch.over.set()
+        _running.discard(loaded)
+
+
+_running: set[Iterator[Any]] = set()
+"""Those of a ``DataLoader``, which ends its processes only where the garbage collector does not come to it first."""
 
 
 def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess]) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from traceback import clear_frames
 
 import torch
 
@@ -24,7 +26,8 @@ def training_alone() -> Iterator[None]:
     """A training as in a process of its own: gradients on, no autocast of others, and in one thread at a time.
 
     Torch has one generator for all threads, which a training seeds: a second thread waits until the first has ended.
-    Torch takes no more threads than a container's quota has cores.
+    Torch takes no more threads than a container's quota has cores. Of one that is stopped, or has not
+    enough memory, nothing stays: its networks, batches and processes would as long as a notebook keeps the traceback.
     """
     if not _turn.acquire(blocking=False):
         logger.info("another thread of this process trains; waiting for its end, as both draw from torch's generator")
@@ -36,6 +39,10 @@ def training_alone() -> Iterator[None]:
             for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        clear_frames(error.__traceback__)
+        gc.collect()  # progress bars refer to themselves
+        raise
     finally:
         _turn.release()
 

@@ -50,7 +50,7 @@ def check(
         dataset: the data set.
         masks: open the masks too, and compare them with the labels.
         indices: which images; all by default.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
 
     Returns:
         As of :func:`check_folder`.
@@ -82,7 +82,7 @@ def check_folder(
         range: what the values of deep images span (see :func:`cacl.images.read_image`); by their type if None.
         sample: the most images of a split, evenly spread, that are opened; all if None. The lists are gone through
             whole, and so is what files there are.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
 
     Returns:
         What is wrong, a line each with the file's path. Lines that begin with ``note:`` do not stop a run, which says
@@ -183,7 +183,7 @@ def check_files(
         found: what is added to.
         compared: the splits whose labels and masks are compared; all if None.
         sample: the most images of a split that are opened; all if None.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
     """
     seen: dict[int, int] = {}
     for split, dataset in datasets.items():

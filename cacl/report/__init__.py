@@ -57,7 +57,7 @@ def report(
         encoder: what was given to :func:`cacl.pipeline.run`.
         backbone: what was given to :func:`cacl.pipeline.run`.
         device: a torch device; by default the run's own.
-        progress: show progress bars where there is a terminal.
+        progress: show progress bars where there is a terminal or a notebook.
         chain: that of the run, CA-CL's by default.
 
     Returns:

@@ -68,7 +68,7 @@ def generate(
         size: side of the square images in pixels, at least 32.
         seed: decides everything that is drawn.
         workers: processes that draw; 0 draws in this one. Changes nothing in the result.
-        progress: show a progress bar where there is a terminal.
+        progress: show a progress bar where there is a terminal or a notebook.
 
     Returns:
         The folder.
