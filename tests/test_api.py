@@ -350,7 +350,8 @@ def test_a_torch_without_distributed_will_do():
 
 def test_importing_leaves_warnings_as_they_are():
     modules = ", ".join(MODULES)
-    code = "import warnings, PIL.Image, scipy.special, torch, torchvision, pydantic, tqdm\nbefore = list(warnings.filters)\n"
+    code = "import warnings, PIL.Image, scipy.special, torch, torchvision, pydantic, tqdm\n"
+    code += "before = list(warnings.filters)\n"
     code += f"import {modules}\n"
     code += "print([f for f in warnings.filters if f not in before], len(before) == len(warnings.filters))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
