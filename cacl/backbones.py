@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from cacl._support.files import home
 from cacl._support.unwrapped import one_state
-from cacl._support.weights import check_weights, load_state
+from cacl._support.weights import fitting_weights, load_state
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD
 from cacl.embedded import Trunk, load_trunk
 from cacl.errors import InputError, did_you_mean, expected
+from cacl.timm_backbones import PREFIX, TimmBackbone
 
 
-def named_backbone(name: str, weights: str | None, *, stride: Literal[8, 16] = 16) -> ResNet | Trunk:
-    """A torchvision ResNet of that output stride, or ``"scenes"``; ``weights`` as for :class:`cacl.CAMNet`."""
+def named_backbone(name: str, weights: str | None, *, stride: Literal[8, 16] = 16) -> ResNet | TimmBackbone | Trunk:
+    """A torchvision ResNet of that output stride, ``"timm:NAME"``, or ``"scenes"``; ``weights`` as for
+    :class:`cacl.CAMNet`."""
+    if name.startswith(PREFIX):
+        return TimmBackbone(name.removeprefix(PREFIX), weights, stride=stride)
     if name != "scenes":
         return ResNet(name, weights, stride=stride)
     if weights not in ("DEFAULT", None):
@@ -42,10 +46,9 @@ class ResNet(nn.Module):
 
         known = [model for model in models.list_models(module=models) if model.startswith(("res", "wide_res"))]
         if name not in known:
+            choices = ", ".join((*known, "scenes", "timm:NAME"))
             hint = did_you_mean(name, known)
-            raise InputError(
-                f"Expected argument `backbone` to be one of {', '.join(known)}, scenes, but got {name!r}{hint}"
-            )
+            raise InputError(f"Expected argument `backbone` to be one of {choices}, but got {name!r}{hint}")
         available = [w.name for w in models.get_model_weights(name)]
         file = Path(weights) if weights is not None and Path(weights).is_file() else None
         if weights is not None and file is None and weights not in (*available, "DEFAULT"):
@@ -139,19 +142,10 @@ def load_converted(backbone: nn.Module, path: Path) -> bool:
         inside = one_state(content, "layer1.0.conv1.weight", path, "ResNet") or {}
     translate = _caffe_name if caffe else _torchvision_name
     state = {own: value for name, value in inside.items() if (own := translate(name)) is not None}
-    wanted = {k: v for k, v in backbone.state_dict().items() if not k.endswith(("num_batches_tracked", "_extra_state"))}
-    fitting = [k for k, v in wanted.items() if k in state and state[k].shape == v.shape]
-    if len(fitting) < len(wanted):
-        first = next(k for k in wanted if k not in fitting)
-        got = f"{tuple(state[first].shape)}" if first in state else "nothing"
-        raise InputError(
-            f"{path}: expected weights of the whole backbone, but {len(fitting)} of {len(wanted)} parameters match; "
-            f"{first!r}: expected {tuple(wanted[first].shape)}, but got {got}"
-        )
-    check_weights(path, {name: state[name] for name in wanted})
+    found = fitting_weights(backbone, state, path)
     if caffe:
-        _take_over_input(state)
-    backbone.load_state_dict({**backbone.state_dict(), **{name: state[name] for name in wanted}})
+        _take_over_input(found)
+    backbone.load_state_dict({**backbone.state_dict(), **found})
     return caffe
 
 

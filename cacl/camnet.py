@@ -34,17 +34,20 @@ class CAMNet(Pretrained):
     Args:
         num_classes: K.
         backbone: the name of a torchvision ResNet, whose last stage is set to stride 1 (output stride 16) and whose
-            first convolution and batch norm are frozen; ``"scenes"`` for a small network of output stride 8, made for
-            :mod:`cacl.scenes`; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an attribute ``out_channels``,
-            which is taken as it is.
+            first convolution and batch norm are frozen; ``"timm:NAME"`` for a network of timm, which needs the extra
+            ``timm`` (see :class:`cacl.timm_backbones.TimmBackbone`); ``"scenes"`` for a small network of output stride
+            8, made for :mod:`cacl.scenes`; or any module ``(B, 3, H, W) -> (B, C, h, w)`` with an attribute
+            ``out_channels``, which is taken as it is.
         weights: torchvision's name of the pretrained weights (downloaded once), the path of a file with some, or None
-            for random ones; for a named backbone only. ``"scenes"`` brings its own, ``"DEFAULT"``.
+            for random ones; for a named backbone only. Networks of timm have ``"DEFAULT"`` ones, and ``"scenes"``
+            brings its own.
 
     :class:`cacl.pretrained.Pretrained` has ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
         TypeError: if ``backbone`` is no name and has no ``out_channels``.
+        ImportError: if timm is missing.
 
     Example:
         >>> net = CAMNet(20, backbone="resnet18", weights=None)

@@ -28,11 +28,12 @@ SCALES = (1.0, 0.75, 0.5)
 
 
 class DeepLabV2(Pretrained):
-    """Semantic segmentation by a dilated ResNet and atrous spatial pyramid pooling (DeepLabV2, Chen et al. 2016).
+    """Semantic segmentation by a dilated network and atrous spatial pyramid pooling (DeepLabV2, Chen et al. 2016).
 
     Args:
         num_classes: C, the background included.
-        backbone: the name of a torchvision ResNet, which gets output stride 8; ``"scenes"``; or any module
+        backbone: the name of a torchvision ResNet, or ``"timm:NAME"`` of a convolutional network, which get output
+            stride 8; of a transformer of timm, whose stride is its patch; ``"scenes"``; or any module
             ``(B, 3, H, W) -> (B, D, h, w)`` with an attribute ``out_channels``, whose stride is then the network's.
         weights: as for :class:`cacl.CAMNet`.
         freeze_batch_norm: leave statistics and weights of batch norm as they are, as DeepLab does, whose batches are
@@ -46,6 +47,7 @@ class DeepLabV2(Pretrained):
     Raises:
         ValueError: if the name or the weights are unknown, or ``out_channels`` does not fit.
         TypeError: if ``backbone`` is no name and has no ``out_channels``.
+        ImportError: if timm is missing.
 
     Example:
         >>> net = DeepLabV2(21, backbone="resnet50", weights=None).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from cacl._support.checks import kind_of
 from cacl._support.clip_checkpoint import read_clip
 from cacl._support.clip_library import build_clip, clip_hashes, download_clip, import_clip
 from cacl._support.distributed import find_device
-from cacl._support.files import home
+from cacl._support.files import hub_home
 from cacl._support.surroundings import building
 from cacl.constants import CLIP_MEAN, CLIP_STD
 from cacl.dense import DenseFeatures, dense_features
@@ -164,8 +163,8 @@ class OpenCLIPEncoder(_Frozen):
             import open_clip
         except ImportError as error:
             raise ImportError(f"open_clip models need an extra: pip install 'cacl[open-clip]' ({error})") from None
-        if root is None and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
-            home(f"open_clip:{name}")
+        if root is None:
+            hub_home(f"open_clip:{name}")
         if model not in open_clip.list_models():
             raise InputError(f"open_clip has no model {model!r}{did_you_mean(model, open_clip.list_models())}")
         try:  # the words first: what they need may be missing, and the weights are large

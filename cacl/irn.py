@@ -53,7 +53,7 @@ class IRNet(nn.Module):
     The backbone runs in evaluation mode and without gradient; two small branches on its features are trained.
 
     Args:
-        backbone: the name of a torchvision ResNet, ``"scenes"``, or a module: either with a method
+        backbone: the name of a torchvision ResNet, ``"timm:NAME"``, ``"scenes"``, or a module: either with a method
             ``levels(images)`` that gives features of several strides and ``level_channels``, their channels, or one
             ``(B, 3, H, W) -> (B, C, h, w)`` with ``out_channels``, whose only stride is then all there is. Edges want
             fine strides.
@@ -63,6 +63,7 @@ class IRNet(nn.Module):
     Raises:
         ValueError: if the name or the weights are unknown.
         TypeError: if ``backbone`` is none of these.
+        ImportError: if timm is missing.
 
     Example:
         >>> IRNet("resnet18", weights=None).eval()(torch.zeros(1, 3, 70, 61)).edges.shape

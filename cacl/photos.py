@@ -72,6 +72,7 @@ def load_segmenter(path: Path, *, backbone: nn.Module | None = None) -> Segmente
 
     Raises:
         ValueError: if the file is missing, is something else, or needs a backbone, or a folder names no classes.
+        ImportError: if its backbone is timm's, and timm is missing.
     """
     if path.is_dir():
         saved = DeepLabV2.from_pretrained(path, backbone=backbone)

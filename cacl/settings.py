@@ -242,10 +242,10 @@ class CAMNetwork(Table):
     """``[camnet]``: the network."""
 
     backbone: str = "resnet50"
-    """A torchvision ResNet, or ``"scenes"``."""
+    """A torchvision ResNet, ``"timm:NAME"``, or ``"scenes"``."""
     weights: FileOrName = "DEFAULT"
-    """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones, or the path of a file with some;
-    empty for random ones."""
+    """torchvision's name of the pretrained weights, ``"DEFAULT"`` for the best ones (of timm's names their own), or the
+    path of a file with some; empty for random ones."""
 
 
 @dataclass(frozen=True)

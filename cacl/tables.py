@@ -210,7 +210,7 @@ class Segment(Training):
     preset: Literal["deeplab", "paper"] = "deeplab"
     """Whose numbers."""
     backbone: str = "resnet101"
-    """A torchvision ResNet or ``"scenes"``; empty for that of ``[camnet]``, or the one that was passed in."""
+    """A torchvision ResNet, ``"timm:NAME"``, or ``"scenes"``; empty for that of ``[camnet]``, or the one passed in."""
     weights: FileOrName = "DEFAULT"
     """As in ``[camnet]``, or ``"cacl"``: the backbone that CA-CL has trained, of the same network."""
     epochs: Epochs = 18.9

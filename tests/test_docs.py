@@ -198,6 +198,9 @@ PREPARED = {
 }
 
 
+NEEDS = {"docs/how-to/backbones.md": "timm"}
+"""Libraries without which a page's snippets are not run."""
+
 WITH_SNIPPETS = [
     pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW))
     for page in PAGES
@@ -207,6 +210,7 @@ WITH_SNIPPETS = [
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_snippets(page, place, capsys, monkeypatch):
+    pytest.importorskip(NEEDS.get(name_of(page), "cacl"))
     namespace = PREPARED.get(name_of(page), dict)()
     scripts = set()
     for snippet in snippets(page):
@@ -524,6 +528,7 @@ def mistakes(place: Path):
         lambda: heard(no_room), lambda: heard(no_processes), lambda: heard(of_a_notebook), lambda: heard(two_threads),
         lambda: not_installed("pydensecrf.densecrf", lambda: check_backend("pydensecrf")),
         lambda: not_installed("open_clip", lambda: load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")),
+        lambda: not_installed("timm", lambda: CAMNet(backbone="timm:convnext_tiny")),
         lambda: not_installed("jinja2", check_report),
         lambda: not_installed("mlflow", lambda: check_trackers(["mlflow"])),
         lambda: not_installed("safetensors.torch", lambda: CAMNet(2, backbone="scenes").save_pretrained("net")),

@@ -20,7 +20,7 @@ PACKAGE = Path(cacl.__file__).parent
 FLOORS = [
     "constants errors _support",
     "thresholds dense prompts selector regions losses matching criterion agreement pretrained camnet encoders "
-    "backbones embedded crf random_walk irn mining deeplab metrics tagger methods clip_es",
+    "backbones timm_backbones embedded crf random_walk irn mining deeplab metrics tagger methods clip_es",
     "images folders transforms pictures outlines datasets scenes",
     "settings tables log trackers training loading artifacts photos seeds",
     "stages",

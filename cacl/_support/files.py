@@ -56,6 +56,12 @@ def home(what: str) -> Path:
         ) from None
 
 
+def hub_home(what: str) -> None:
+    """As :func:`home`, for what comes from the Hugging Face hub, whose folder the environment may name."""
+    if not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
+        home(what)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Make an :class:`OSError` say which file it was."""

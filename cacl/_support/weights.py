@@ -164,6 +164,23 @@ def _types(module: nn.Module, state: Mapping[str, Any], source: object) -> list[
     return found
 
 
+def fitting_weights(module: nn.Module, state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Of weights from elsewhere those of each parameter of a module, or refuse if one is missing; says how many fit."""
+    skipped = ("num_batches_tracked", "_extra_state")
+    wanted = {name: value for name, value in module.state_dict().items() if not name.endswith(skipped)}
+    fitting = [name for name, value in wanted.items() if name in state and state[name].shape == value.shape]
+    if len(fitting) < len(wanted):
+        first = next(name for name in wanted if name not in fitting)
+        got = f"{tuple(state[first].shape)}" if first in state else "nothing"
+        raise InputError(
+            f"{source}: expected weights of the whole backbone, but {len(fitting)} of {len(wanted)} parameters match; "
+            f"{first!r}: expected {tuple(wanted[first].shape)}, but got {got}"
+        )
+    found = {name: state[name] for name in wanted}
+    check_weights(source, found)
+    return found
+
+
 def _fits(own: object, other: object) -> bool:
     """Whether a value of one state dict can take the place of another; what is no tensor is a module's extra state."""
     if not isinstance(own, Tensor) or not isinstance(other, Tensor):
