@@ -21,10 +21,11 @@ from cacl._support.card import model_card
 from cacl._support.distributed import rank
 from cacl._support.files import read_json, write_json, write_text
 from cacl._support.hub import hub_library, located
+from cacl._support.safetensors import load_tensors, save_tensors
 from cacl._support.surroundings import building
 from cacl._support.unwrapped import one_state
 from cacl._support.values import check_span, check_words
-from cacl._support.weights import check_weights, load_state, load_tensors, load_weights, save_tensors
+from cacl._support.weights import check_weights, load_state, load_weights
 from cacl.constants import IMAGENET_MEAN, IMAGENET_STD, Range
 from cacl.errors import InputError, did_you_mean, expected, quoted, shown
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from cacl._support.features import renormalisation
 from cacl._support.files import hub_home
+from cacl._support.safetensors import load_tensors
 from cacl._support.unwrapped import one_state
-from cacl._support.weights import fitting_weights, load_state, load_tensors
+from cacl._support.weights import fitting_weights, load_state
 from cacl.errors import InputError, did_you_mean, expected, first_line
 
 PREFIX = "timm:"

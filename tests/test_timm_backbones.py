@@ -476,7 +476,7 @@ def test_a_larger_model_of_the_kind_says_what_does_not_fit(tmp_path):
 def test_a_broken_file_of_safetensors_is_one_line(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=re.escape(f"{path}: not a checkpoint: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not a safetensors file: ")):
         CAMNet(2, backbone="timm:test_convnext", weights=str(path))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -46,7 +45,7 @@ def load_state(path: Path, *, kind: str = "", foreign: bool = False) -> dict[str
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds; each means that the file is something else
-        other = _other_file(path) if foreign else ""
+        other = other_file(path) if foreign else ""
         more = foreign and isinstance(error, UnpicklingError) and not other
         remedy = "; a file of torch.save(model.state_dict(), …), which holds nothing else, is read" if more else ""
         raise InputError(
@@ -67,7 +66,7 @@ _OTHERS = {
 """Beginnings of what downloads leave in the place of a checkpoint, and what to do."""
 
 
-def _other_file(path: Path) -> str:
+def other_file(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(100).lstrip()
     return next((said for begin, said in _OTHERS.items() if start.startswith(begin) and (begin or not start)), "")
@@ -80,42 +79,6 @@ def check_inflated(path: Path) -> None:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > path.stat().st_size + 2**28:
             raise ValueError(f"it would unpack to {size} bytes")
-
-
-@timed("files")
-def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """Save a state dict as a safetensors file, which can hold nothing but tensors.
-
-    Each name has values of its own, also where tensors share them.
-    """
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise InputError(
-            f"{path}: expected a state of tensors alone, but {others[0]!r} is {type(state[others[0]]).__name__}"
-        )
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    content = _safetensors().save(tensors, {"format": "pt"})
-    with replacing(path) as file:
-        file.write(content)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds, on the CPU."""
-    library = _safetensors()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        tensors: dict[str, Tensor] = library.load_file(path)
-    except Exception as error:  # of several kinds; each means that the file is something else, or not whole
-        raise InputError(f"{path}: not a safetensors file: {_other_file(path) or first_line(error)}") from None
-    return tensors
-
-
-def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(f"Files of safetensors need an extra: pip install 'cacl[hub]' ({error})") from None
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any], source: object, *, as_stored: bool = False) -> None:
