@@ -31,7 +31,7 @@ import pytest
 import torch
 import torchvision
 from bad_files import png
-from conftest import TinyEncoder
+from conftest import TinyBackbone, TinyEncoder
 from drawn import picture, write_csv, write_voc
 from PIL import Image
 
@@ -49,6 +49,7 @@ from cacl.figures.style import check_report
 from cacl.images import VOC_COLOURS
 from cacl.irn import IRNet
 from cacl.loading import load_images
+from cacl.methods import CLIMSLoss
 from cacl.photos import load_segmenter, save_segmenter
 from cacl.scenes import generate
 from cacl.settings import Training
@@ -187,10 +188,17 @@ def a_tracker() -> dict[str, object]:
     return {}
 
 
+def a_loader() -> dict[str, object]:
+    """What a loop goes through, for three classes."""
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    return {"loader": [(images, labels)], "F": torch.nn.functional}
+
+
 PREPARED = {
     "docs/concepts/chain.md": arrays,
     "docs/how-to/clusters.md": a_run,
     "docs/how-to/labels.md": a_run,
+    "docs/how-to/losses.md": a_loader,
     "docs/how-to/segmentation.md": a_run,
     "docs/how-to/seeds.md": a_tool,
     "docs/how-to/trackers.md": a_tracker,
@@ -228,6 +236,9 @@ def test_snippets(page, place, capsys, monkeypatch):
                     scripts -= run(shlex.split(command, comments=True), monkeypatch)
         elif snippet.language == "toml":
             check_toml(snippet.code)
+        elif snippet.language == "diff":
+            for side in sides(snippet.code):
+                exec(compile(side, f"a side of a diff of {name_of(page)}", "exec"), namespace)
         elif snippet.language == "json":
             assert BackgroundSet(json.loads(snippet.code))
         elif snippet.language == "csv":
@@ -235,6 +246,30 @@ def test_snippets(page, place, capsys, monkeypatch):
         else:
             assert snippet.language == "text", f"no test knows {snippet.language!r}"
     assert not scripts, f"no command runs {scripts}"
+
+
+def sides(diff: str) -> tuple[str, str]:
+    """The lines before and after a unified diff of one part."""
+    _, _, head, *lines = diff.splitlines()
+    before, after = ([line[1:] for line in lines if line[:1] in (" ", sign)] for sign in "-+")
+    assert head == f"@@ -1,{len(before)} +1,{len(after)} @@"
+    return "\n".join(before), "\n".join(after)
+
+
+def test_the_loop_before_ca_cl_is_that_of_clims():
+    page = ROOT / "docs/how-to/losses.md"
+    before, after = next(sides(snippet.code) for snippet in snippets(page) if snippet.language == "diff")
+    encoder, names, net = TinyEncoder(), ["boat", "bird", "train"], CAMNet(3, backbone=TinyBackbone()).eval()
+    given = {**a_loader(), "encoder": encoder, "names": names, "net": net, "CACLLoss": CACLLoss}
+    ((images, labels),) = given["loader"]
+    for code in (before, after):
+        there = {**given, "optimizer": torch.optim.SGD(net.parameters(), lr=0)}
+        exec(code, there)
+        if code == before:
+            criterion = CLIMSLoss(encoder, names, words=there["shared"], aliases={}, normalization="imagenet")
+        else:
+            criterion = CACLLoss(encoder, names)
+        torch.testing.assert_close(there["loss"], criterion(images, net(images).cams, labels).total)
 
 
 def run(words, monkeypatch) -> set[str]:

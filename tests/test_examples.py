@@ -1,5 +1,6 @@
 """The examples run as they stand."""
 
+import os
 import re
 import runpy
 import shutil
@@ -18,6 +19,9 @@ from cacl.images import read_mask
 from cacl.labels import export_labels
 from cacl.runs.folder import RunFolder
 
+from cacl import BackgroundSet, CACLLoss, CAMNet, load_encoder, scenes
+from cacl.transforms import normalize
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,9 +32,17 @@ def example(name, *arguments, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("train_voc.py", 100), ("drop_in.py", 60), ("ray_predict.py", 40), ("smp_unet.py", 40)]
-)
+SHORT = {
+    "train_voc.py": 100,
+    "drop_in.py": 60,
+    "ray_predict.py": 40,
+    "smp_unet.py": 40,
+    "with_accelerate.py": 40,
+    "with_lightning.py": 40,
+}
+
+
+@pytest.mark.parametrize(("name", "most"), SHORT.items())
 def test_examples_stay_short(name, most):
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= most
 
@@ -43,6 +55,74 @@ def test_drop_in_finds_the_squares(tmp_path):
 
 def test_own_encoder(tmp_path):
     assert "foreground_similarity" in example("own_encoder.py", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The losses of each epoch in torch alone."""
+    drawn = [scenes.draw(np.random.default_rng(i), 96) for i in range(32)]
+    images = [normalize(torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)) for scene in drawn]
+    labels = torch.tensor([[name in scene.classes for name in scenes.CLASSES] for scene in drawn])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loader = torch.utils.data.DataLoader(list(zip(images, labels, strict=True)), batch_size=8, shuffle=True)
+        net = CAMNet(10, backbone="scenes")
+        criterion = CACLLoss(load_encoder("scenes"), scenes.CLASSES, backgrounds=BackgroundSet(scenes.BACKGROUNDS))
+        optimizer = torch.optim.SGD(net.parameter_groups(5e-4), momentum=0.9)
+        means = []
+        for _ in range(4):
+            losses = []
+            for some, known in loader:
+                loss = criterion(some, net(some).cams, known).total
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            means.append(np.mean(losses))
+    return means
+
+
+def losses_of(out):
+    return [float(loss) for loss in re.findall(r"^epoch \d  loss (\S+)$", out, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate"])
+def test_the_loops_of_others_train_as_a_plain_one(tmp_path, plain, name):
+    pytest.importorskip(name)
+    losses = losses_of(example(f"with_{name}.py", cwd=tmp_path))
+    assert losses == pytest.approx(plain, rel=0.01)
+    assert losses[-1] < losses[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_are_one(tmp_path):
+    """Without batch norm in training, which has no whole batch on CPUs; rounding tells later epochs apart."""
+    pytest.importorskip("accelerate")
+    code = (ROOT / "examples/with_accelerate.py").read_text()
+    changes = {
+        "shuffle=True": "shuffle=False",
+        "Accelerator()": "Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))",
+        "import Accelerator": "import Accelerator, DataLoaderConfiguration",
+        "net, optimizer = acc": "net.eval()\nnet, optimizer = acc",
+        "range(4)": "range(1)",
+    }
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    (tmp_path / "script.py").write_text(code)
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    found = []
+    for command in ([sys.executable, "script.py"], many):
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(losses_of(done.stdout))
+    one, two = found
+    assert len(one) == len(two) == 1
+    assert two == pytest.approx(one, abs=0.02)
 
 
 def test_train_voc_and_its_resume(tmp_path, clip_state):
