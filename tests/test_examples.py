@@ -13,13 +13,12 @@ import pytest
 import torch
 from drawn import picture, write_csv, write_voc
 
+from cacl import BackgroundSet, CACLLoss, CAMNet, load_encoder, scenes
 from cacl.artifacts import save_mask
 from cacl.config import Config
 from cacl.images import read_mask
 from cacl.labels import export_labels
 from cacl.runs.folder import RunFolder
-
-from cacl import BackgroundSet, CACLLoss, CAMNet, load_encoder, scenes
 from cacl.transforms import normalize
 
 ROOT = Path(__file__).parents[1]
