@@ -91,6 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 _LOCK, _OWNER = ".lock", ".owner"
+_TRIES = 100
 _held: dict[str, FileLock] = {}
 """By this process: real path of the folder -> its lock."""
 
@@ -98,14 +99,14 @@ _held: dict[str, FileLock] = {}
 def _lock(folder: Path) -> None:
     owner = folder / _OWNER
     try:
-        while True:
+        for more in reversed(range(_TRIES)):
             lock = FileLock(folder / _LOCK, timeout=0)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
                 break
             except (FileExistsError, FileNotFoundError):  # the folder's last user ended just now and removed it?
-                if os.path.lexists(folder) and not folder.is_dir():
+                if not more:
                     raise
             except Timeout:
                 raise InputError(f"{folder}: another run is using this folder ({_read(owner)})") from None
