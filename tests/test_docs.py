@@ -348,7 +348,7 @@ def test_commands_in_the_text_exist():
 def test_files_that_pages_show_are_run():
     tested = "".join((ROOT / f"tests/test_{name}.py").read_text(encoding="utf-8") for name in ("clusters", "examples"))
     shown = [name for page in PAGES for name in re.findall(r"<!-- file: (\S+) -->", page.read_text(encoding="utf-8"))]
-    assert len(shown) == 5
+    assert len(shown) == 7
     assert all((ROOT / name).is_file() and f'{Path(name).name}"' in tested for name in shown)
 
 

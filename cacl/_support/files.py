@@ -117,9 +117,10 @@ def _lock(folder: Path) -> None:
                 (folder / _LOCK).unlink(missing_ok=True)
                 return
         _held[os.path.realpath(folder)] = lock
-        write_text(owner, f"process {os.getpid()} on {platform.node()}\n")
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, but {error.strerror or error}") from None
+    with suppress(OSError):  # a full disk shows by what has to be written
+        write_text(owner, f"process {os.getpid()} on {platform.node()}\n")
 
 
 def _read(owner: Path) -> str:
