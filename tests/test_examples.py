@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def losses_of(out):
 
 @pytest.mark.parametrize("name", ["lightning", "accelerate"])
 def test_the_loops_of_others_train_as_a_plain_one(tmp_path, plain, name):
-    pytest.importorskip(name)
+    if find_spec(name) is None:  # not imported here: Lightning changes torch.compile
+        pytest.skip(f"{name} is not installed")
     losses = losses_of(example(f"with_{name}.py", cwd=tmp_path))
     assert losses == pytest.approx(plain, rel=0.01)
     assert losses[-1] < losses[0]

@@ -33,7 +33,7 @@ _NAMED = (type, types.ModuleType, logging.Logger, np.ufunc)
 """What its name is enough for."""
 _NO_STATE = (torch.device, type(threading.Lock()), type(threading.RLock()))
 _CONTAINERS = (dict, list, tuple, set, frozenset, OrderedDict, deque)
-_OF_ALL = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"}
+_OF_ALL = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
 """What modules have in their ``__dict__``: mode, hooks, tensors (which are looked at by name), marks of compilers."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
