@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def _processor(file: Path = Path("/proc/cpuinfo")) -> str:
 
 def _memory() -> float | None:
     """None where the system does not say."""
-    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+    if sys.platform == "win32":
+        return None
+    with suppress(OSError, ValueError):
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return None

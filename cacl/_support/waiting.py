@@ -51,13 +51,15 @@ class Patience:
             )
 
     def _computed(self) -> float:
-        """Seconds that the processes have computed."""
+        """Seconds that the processes have computed; 0 where the system does not say."""
+        if sys.platform == "win32":
+            return 0.0
         ticks = 0
         for process in self._processes:
             with suppress(OSError, ValueError):  # it has ended, or the system has no such file
                 fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])  # in the program, and in the system for it
-        return ticks / os.sysconf("SC_CLK_TCK") if ticks and sys.platform != "win32" else 0.0
+        return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
 @cache
