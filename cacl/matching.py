@@ -195,7 +195,7 @@ class Adapter(nn.Module):
 
 
 def _check_weights(weights: tuple[float, float]) -> None:
-    if not isinstance(weights, tuple | list) or len(weights) != 2:
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise expected("weights", "two numbers", repr(weights))
     for i, weight in enumerate(weights):
         check_range(f"weights[{i}]", weight, 0, float("inf"))
