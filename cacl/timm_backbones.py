@@ -105,14 +105,32 @@ class _Transformer(nn.Module):
         return found
 
 
-class _Same(nn.Conv2d):
-    """A convolution of stride 1 that keeps the size, as timm's of that name. That one computes its padding from each
-    size, though it is the same for all, and no export can then leave the size open."""
+class _SameConvolution(nn.Conv2d):
+    """A convolution of stride 1 that keeps the size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        padded = F.pad(input, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return F.conv2d(padded, self.weight, self.bias, dilation=self.dilation, groups=self.groups)
+        return super().forward(_padded(input, self.kernel_size, self.dilation))
+
+
+class _SameAverage(nn.AvgPool2d):
+    """An average over windows in steps of 1 that keeps the size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(_padded(input, self.kernel_size, (1, 1)))
+
+
+def _padded(x: Tensor, kernel: Any, dilation: tuple[int, ...]) -> Tensor:
+    rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def _pad_statically(timm: Any, network: nn.Module) -> None:
+    """Keep sizes without looking at them: timm computes its padding from each size, though it is the same for all where
+    the stride is 1, and no export could leave the size open."""
+    kinds = {timm.layers.Conv2dSame: _SameConvolution, timm.layers.AvgPool2dSame: _SameAverage}
+    for module in network.modules():
+        if type(module) in kinds and module.stride == (1, 1):
+            module.__class__ = kinds[type(module)]
 
 
 def _timm() -> Any:
@@ -137,9 +155,7 @@ def _built(timm: Any, name: str, stride: int, *, pretrained: bool) -> tuple[nn.M
 
     model = made(features_only=True, output_stride=stride)
     if model is not None and not model.pretrained_cfg.get("fixed_input_size"):
-        for module in model.modules():
-            if isinstance(module, timm.layers.Conv2dSame) and module.stride == (1, 1):
-                module.__class__ = _Same
+        _pad_statically(timm, model)
         return model, model.feature_info.channels(), stride
     transformer = made(num_classes=0, dynamic_img_size=True) if model is None else None
     if transformer is not None:

@@ -33,9 +33,10 @@ timm = pytest.importorskip("timm")
 
 CONVOLUTIONAL = [
     "resnet18",
+    "resnet10t",  # averages where others stride
     "convnext_tiny.dinov3_lvd1689m",
     "mobilenetv3_small_050",
-    "tf_mobilenetv3_small_minimal_100",
+    "tf_mobilenetv3_small_minimal_100",  # pads as TensorFlow does
 ]
 TRANSFORMERS = [
     "vit_tiny_patch16_224",
