@@ -84,6 +84,17 @@ def read_image(path: Path, range: Range | None = None) -> tv_tensors.Image:
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1), device="cpu")
 
 
+def photo_size(path: Path) -> tuple[int, int]:
+    """Width and height of a photo as :func:`read_image` decodes it, upright; its pixels are not decoded.
+
+    Raises:
+        ValueError: if the file is missing, or is no image.
+    """
+    with open_image(path) as file:
+        width, height = file.size
+        return (height, width) if orientation(file) >= 5 else (width, height)
+
+
 def read_mask(path: Path) -> tv_tensors.Mask:
     """Decode a mask to ``(H, W)`` uint8: a palette image, or a grey one of any depth; its numbers stay as they are.
 

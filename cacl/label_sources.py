@@ -8,11 +8,11 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from cacl._support.names import composed
 from cacl._support.values import check_choice, check_words
 from cacl.constants import IGNORE
 from cacl.datasets import Dataset
-from cacl.errors import InputError, expected, first_line, shown
+from cacl.datasets.listing import lines_of
+from cacl.errors import InputError, expected, shown
 from cacl.inputs import Inputs
 from cacl.predict import open_model
 from cacl.runs.evaluation import least_agreement_first
@@ -108,8 +108,4 @@ def read_classes(path: Path) -> list[str]:
     """
     if path.is_dir() or path.suffix == ".pt":
         return list(open_model(path)[0].classes)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{shown(path)}: expected a text with a class name a line ({first_line(error)})") from None
-    return [composed(line.strip()) for line in lines if line.strip()]
+    return lines_of(path)

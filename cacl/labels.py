@@ -19,7 +19,6 @@ from PIL import Image
 from cacl._support.cores import usable_cores
 from cacl._support.files import naming
 from cacl._support.names import is_utf8
-from cacl._support.pillow import orientation
 from cacl._support.pool import map_processes
 from cacl._support.progress import watched
 from cacl._support.values import check_choice, check_integer, check_range
@@ -28,7 +27,7 @@ from cacl.config import Config
 from cacl.constants import IGNORE
 from cacl.datasets import Dataset
 from cacl.errors import InputError, expected, shown
-from cacl.images import Mask, open_image, read_mask
+from cacl.images import Mask, photo_size, read_mask
 from cacl.label_formats import FORMATS, Drawing, Format, Shape, Size, Writer
 from cacl.label_sources import Masked, of_folder, of_run
 from cacl.outlines import regions_of
@@ -182,7 +181,7 @@ class _Labelling:
         if not is_utf8(file):
             raise InputError(f"{shown(item.photo)}: expected a name in UTF-8, which files of labels are in")
         mask: Mask = read_mask(item.mask).numpy()
-        size = _size(item.photo)
+        size = photo_size(item.photo)
         if mask.shape[::-1] != size:
             raise InputError(
                 f"{shown(item.mask)}: expected a mask of its photo's {size[0]} x {size[1]} pixels, but got "
@@ -197,13 +196,6 @@ class _Labelling:
         if self.dataset is not None and self.cams is not None:
             confidence = _confidence(cams_of(self.dataset, self.cams, item.number), mask)
         return _Labelled(item, file, size, drawn, bool((mask == IGNORE).any()), confidence)
-
-
-def _size(photo: Path) -> Size:
-    """Of a photo as it is seen upright."""
-    with open_image(photo) as file:
-        width, height = file.size
-        return (height, width) if orientation(file) >= 5 else (width, height)
 
 
 def _confidence(cams: ImageCAMs, mask: Mask) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""How many cores there are for this process."""
+"""How many cores there are for this process, and what the system says of the processor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def usable_cores() -> int:
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return mask if quota is None else max(1, min(mask, math.ceil(quota)))
+
+
+def processor_says(field: str, file: Path = Path("/proc/cpuinfo")) -> str:
+    """What the system says of the first processor, such as ``"flags"``; nothing where it does not say."""
+    with suppress(OSError):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
 
 
 def _quota(system: Path = Path("/")) -> float | None:

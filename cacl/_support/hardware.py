@@ -6,20 +6,19 @@ import os
 import platform
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 
-from cacl._support.cores import usable_cores
+from cacl._support.cores import processor_says, usable_cores
 
 
 def described() -> dict[str, Any]:
     """Processor, cores that may be used, GB of memory, GPUs, and the versions that compute."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "processor": _processor(),
+        "processor": processor_says("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "memory_gb": _memory(),
         "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
@@ -29,15 +28,6 @@ def described() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
     }
-
-
-def _processor(file: Path = Path("/proc/cpuinfo")) -> str:
-    with suppress(OSError):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> float | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cacl._support.cores import processor_says
 
 _FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -54,9 +56,4 @@ def head_of(features: Tensor, weight: Tensor, head: Callable[[Tensor], Tensor], 
 
 def _processor(file: Path = Path("/proc/cpuinfo")) -> set[str]:
     """The features of the processor; nothing where the system does not say."""
-    with suppress(OSError):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, flags = line.partition(":")
-            if name.strip() == "flags":
-                return set(flags.split())
-    return set()
+    return set(processor_says("flags", file).split())

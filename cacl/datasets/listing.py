@@ -27,12 +27,12 @@ def read_voc(root: Path, split: str) -> Listing:
     lists = root / "ImageSets" / "Segmentation"
     if split == "train_aug":
         masks = root / "SegmentationClassAug"
-        val = set(_lines(lists / "val.txt"))
+        val = set(lines_of(lists / "val.txt"))
         ids = sorted(id for path in files_of(masks, "*.png") if (id := composed(path.stem)) not in val)
         if not ids:
             raise InputError(f"{masks}: no masks for the split train_aug")
     elif existing(lists / f"{split}.txt").is_file():
-        ids = [line.split()[0] for line in _lines(existing(lists / f"{split}.txt"))]
+        ids = [line.split()[0] for line in lines_of(existing(lists / f"{split}.txt"))]
         if not ids:
             raise InputError(f"{lists / split}.txt: expected an id a line, but it is empty")
     else:
@@ -71,7 +71,7 @@ def read_voc(root: Path, split: str) -> Listing:
 
 def read_csv(root: Path, split: str | None) -> Listing:
     """The rows of one split of ``dataset.csv``, or all of them."""
-    classes = tuple(_lines(root / "classes.txt"))
+    classes = tuple(lines_of(root / "classes.txt"))
     if not 1 <= len(classes) < IGNORE:
         raise InputError(f"{root / 'classes.txt'}: expected 1 to 254 class names, a line each, but got {len(classes)}")
     problems = [f"{root / 'classes.txt'}: duplicate class {quoted(name)}" for name in duplicates(classes)]
@@ -209,6 +209,6 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: expected a text file in UTF-8, but {error}")
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The lines of a small text file, stripped, without empty ones, composed."""
     return [composed(line.strip()) for line in _text(path).splitlines() if line.strip()]
