@@ -20,7 +20,7 @@ from cacl.artifacts import ImageCAMs, load_cams, map_size, save_cams
 from cacl.constants import IGNORE
 from cacl.datasets import Dataset
 from cacl.errors import InputError, shown
-from cacl.images import Mask, open_image, read_mask
+from cacl.images import Mask, open_image, photo_size, read_mask
 from cacl.mining import snap
 from cacl.settings import Machine
 
@@ -121,7 +121,7 @@ def read_seeds(dataset: Dataset, folder: Path, index: int) -> tuple[ImageCAMs, F
         ValueError: if the file is missing or holds something else.
     """
     entry, count = dataset.entries[index], len(dataset.classes)
-    height, width = dataset.image(index).shape[1:]
+    width, height = photo_size(entry.image)
     size = map_size((height, width))
     path = folder / f"{entry.id}.npz"
     if not path.is_file():

@@ -105,6 +105,7 @@ def test_what_is_missing_is_named_once(root):
         with pytest.raises(ValueError, match="no such") as error:
             use()
         assert str(error.value).splitlines() == lines
+    assert set(check_folder(root)) == set(lines)
     assert len(open_dataset("csv", root, "train", look=False)) == 10
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from cacl._support.cores import usable_cores
 from cacl._support.progress import watched
 from cacl.constants import IGNORE, Range
-from cacl.datasets.agreement import Agreement, numbered, problems_of_classes
 from cacl.datasets.dataset import Dataset, InOneFile
 from cacl.datasets.entries import shared
-from cacl.datasets.files import missing, spread
+from cacl.datasets.files import missing, reason, spread
 from cacl.datasets.formats import FORMATS, format_of
+from cacl.datasets.labels_and_masks import LabelsAndMasks, numbered, problems_of_classes
 from cacl.errors import InputError, quoted, shown
 from cacl.prompts import words_for
 
@@ -56,8 +56,8 @@ def check(
         As of :func:`check_folder`.
     """
     found = check_lists({"": dataset}, (), disjoint=False)
-    agreement = _opened_all(dataset, "", found, {}, masks=masks, indices=indices, progress=progress)
-    _compare(dataset, "", agreement, found)
+    both = _opened_all(dataset, "", found, {}, masks=masks, indices=indices, progress=progress)
+    _compare(dataset, "", both, found)
     return found.lines
 
 
@@ -190,18 +190,18 @@ def check_files(
         some = spread(len(dataset), sample)
         if len(some) < len(dataset):
             found.notes.append(f"{_where(dataset, split)}{len(some)} of {numbered(len(dataset), 'photo')} were opened")
-        agreement = _opened_all(dataset, split, found, seen, indices=some, progress=progress)
+        both = _opened_all(dataset, split, found, seen, indices=some, progress=progress)
         if compared is None or split in compared:
-            _compare(dataset, split, agreement, found)
+            _compare(dataset, split, both, found)
 
 
-def _compare(dataset: Dataset, split: str, agreement: Agreement, found: Findings) -> None:
+def _compare(dataset: Dataset, split: str, both: LabelsAndMasks, found: Findings) -> None:
     if problems_of_classes(dataset.classes):  # whose values are not what they should be
         return
-    if problem := agreement.problem():
+    if problem := both.problem():
         found.problems.append(f"{_where(dataset, split)}{problem}")
     else:
-        found.notes += [f"{_where(dataset, split)}{note}" for note in agreement.notes()]
+        found.notes += [f"{_where(dataset, split)}{note}" for note in both.notes()]
 
 
 def _opened_all(
@@ -213,7 +213,7 @@ def _opened_all(
     masks: bool = True,
     indices: Sequence[int] | None = None,
     progress: bool = False,
-) -> Agreement:
+) -> LabelsAndMasks:
     """``seen``: the hash of an entry whose files have been opened -> the values in its mask, a bit each."""
 
     def look_at(index: int) -> tuple[int, int, list[str]]:
@@ -226,7 +226,7 @@ def _opened_all(
     faint: list[str] = []
     chosen = range(len(dataset)) if indices is None else indices
     whole = len(chosen) >= len(dataset)
-    agreement = Agreement(dataset.classes, drawn=isinstance(dataset, InOneFile), whole=whole)
+    both = LabelsAndMasks(dataset.classes, drawn=isinstance(dataset, InOneFile), whole=whole)
     with (
         ThreadPoolExecutor(usable_cores() + 4) as pool,  # decoding releases the interpreter's lock
         watched(None, total=len(chosen), desc="check", progress=progress) as bar,
@@ -237,14 +237,14 @@ def _opened_all(
                 found.problems += problems
                 seen[number] = values
                 if values:
-                    agreement.add(dataset.entries[index].labels, values)
+                    both.add(dataset.entries[index].labels, values)
                 bar.update()
     if faint and dataset.range:
         found.notes.append(
             f"{_where(dataset, split)}{len(faint)} of {numbered(len(chosen), 'photo')} come out nearly black or white, "
             f"such as {min(faint)}: does `[data] range = [{dataset.range[0]:g}, {dataset.range[1]:g}]` span the values?"
         )
-    return agreement
+    return both
 
 
 def _opened(dataset: Dataset, index: int, faint: list[str], *, masks: bool) -> tuple[int, list[str]]:
@@ -254,19 +254,20 @@ def _opened(dataset: Dataset, index: int, faint: list[str], *, masks: bool) -> t
     """
     found = []
     size = None
+    entry = dataset.entries[index]
     try:
         image = dataset.image(index)
         size = tuple(image.shape[-2:])
         if dataset.range and (image.max() < _FAINT or image.min() > 255 - _FAINT):
-            faint.append(shown(dataset.entries[index].image))
+            faint.append(shown(entry.image))
     except InputError as error:
-        found.append(str(error))
+        found.append(reason(error, entry.image))
     if not masks:
         return 0, found
     try:
         mask = dataset.mask(index)
     except InputError as error:
-        return 0, [*found, str(error)]
+        return 0, [*found, reason(error, entry.mask)]
     if size is not None and tuple(mask.shape) != size:
         found.append(
             f"{dataset.mask_name(index)}: expected {size[1]}×{size[0]} pixels as the image, "

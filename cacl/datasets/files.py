@@ -91,6 +91,11 @@ def missing(entries: Sequence[Entry], indices: Sequence[int] | None = None) -> l
     return list(lines)
 
 
+def reason(error: InputError, path: Path | None) -> str:
+    """Why a file was not opened: an error, or, as of :func:`missing`, that its folder is not there."""
+    return str(error) if path is None or path.parent.is_dir() else _absent(path)
+
+
 def spread(count: int, sample: int | None) -> Sequence[int]:
     """``sample`` indices of ``count``, evenly spread; all of them where there are no more, or where it is None."""
     return range(count) if sample is None or count <= sample else [i * count // sample for i in range(sample)]

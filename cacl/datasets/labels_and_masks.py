@@ -18,7 +18,7 @@ def numbered(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-class Agreement:
+class LabelsAndMasks:
     """Counts, photo by photo, what the labels and the masks of a split say, of those masks that have a pixel to score.
 
     Sets of classes are integers with a bit for each mask value, so that masks that are one value off are a shift off.
