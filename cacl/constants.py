@@ -17,6 +17,8 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 Backend = Literal["auto", "pydensecrf", "torch"]
 """Who computes a CRF."""
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What networks compute in."""
 GAUSSIAN = (3.0, 3.0)
 """Smoothness in IRNet's label mining: standard deviation in pixels, weight."""
 BILATERAL = (50.0, 5.0, 10.0)

@@ -20,12 +20,12 @@ from cacl._support.answers import check_encoder
 from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import local_device
 from cacl._support.files import replacing
-from cacl._support.precision import native_precision
+from cacl._support.precision import decided
 from cacl._support.progress import watched
 from cacl._support.values import check_integer, check_span
 from cacl.artifacts import save_mask
 from cacl.config import Config
-from cacl.constants import Backend, Range
+from cacl.constants import Backend, Precision, Range
 from cacl.crf import check_backend
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError, shown
@@ -35,7 +35,7 @@ from cacl.photos import Segmenter, load_segmenter, segment_each
 from cacl.pictures import legend, overlay
 from cacl.pretrained import CONFIG
 from cacl.runs.folder import RunFolder
-from cacl.settings import Machine, Precision
+from cacl.settings import Machine
 from cacl.stages.tags import PhotoTagger, load_tagger
 from cacl.tables import Predict
 
@@ -180,7 +180,7 @@ def predict_each(
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     machine = Machine(
         device=place, workers=min(cores if workers is None else workers, cores, survey.photos), progress=progress,
-        crf=backend, precision=native_precision(place) if precision == "auto" else precision,
+        crf=backend, precision=decided(precision, place),
     )  # fmt: skip
     tagger = _tagger(Path(model), encoder, machine) if (table.tags if tags is None else tags) else None
     writing = _Writing(out, overlays, segmenter.classes)

@@ -15,12 +15,13 @@ from cacl import pipeline
 from cacl._support.distributed import rank_zero
 from cacl._support.files import read_json
 from cacl.config import Config
+from cacl.constants import Precision
 from cacl.datasets import Dataset
 from cacl.datasets.files import spread
 from cacl.encoders import ImageTextEncoder
 from cacl.log import Log
 from cacl.runs.session import Session
-from cacl.settings import Precision, Training
+from cacl.settings import Training
 from cacl.stages.chain import needed
 
 STEPS = 30

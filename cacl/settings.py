@@ -13,7 +13,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from cacl._support.names import is_utf8, state_of
 from cacl._support.values import check_span
-from cacl.constants import BILATERAL, GAUSSIAN, ITERATIONS, Backend
+from cacl.constants import BILATERAL, GAUSSIAN, ITERATIONS, Backend, Precision
 from cacl.datasets.formats import check_format
 from cacl.errors import quoted
 from cacl.prompts import DEFAULT_TEMPLATES, PromptSet
@@ -48,7 +48,6 @@ Factor = Annotated[float, Field(gt=0, le=16, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 FileOrName = Annotated[str, Mark.FILE]
 Schedule = Literal["cosine", "poly", "constant"]
-Precision = Literal["fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from cacl._support.surroundings import generator_alone, training_alone
 from cacl._support.values import check_choice
 from cacl._support.waiting import WAITED
 from cacl._support.weights import are_finite, check_takes_part, save_state
+from cacl.constants import Precision
 from cacl.datasets import Dataset
 from cacl.errors import InputError, NotFiniteError, expected
 from cacl.loading import Batch, load_batches, mixed, order
 from cacl.log import Callback, Journal, Log, Record
-from cacl.settings import Machine, Precision, Schedule, Training
+from cacl.settings import Machine, Schedule, Training
 from cacl.transforms import RandomView
 
 logger = logging.getLogger("cacl")
@@ -191,7 +192,8 @@ def train(
 
     def ids(number: int) -> list[str]:
         """What the images of a step are called, those of the other processes included."""
-        return [dataset.entries[i].id for _, i in next(_order(len(dataset), loop, number, number + 1))]
+        (keys,) = order(len(dataset), loop.batch_size, loop.seed, range(number, number + 1))
+        return [dataset.entries[i].id for _, i in keys]
 
     done = start
     bar = watched(batches, total=steps, initial=start, desc=name, unit="step", progress=loop.progress)
@@ -216,18 +218,18 @@ def train(
             now, done = time.monotonic(), number + 1
             record = {
                 "stage": name,
-                "step": number + 1,
-                "epoch": round((number + 1) * loop.batch_size / len(dataset), 4),
+                "step": done,
+                "epoch": round(done * loop.batch_size / len(dataset), 4),
                 "lr": short(optimizer.param_groups[0]["lr"]),
                 "images_per_second": short(loop.batch_size / max(now - clock, 1e-9)),
             }
             clock = now
             pending.add(record, partial(ids, number), terms, interrupts.came)
-            stopping = pending.due(pending.stop, number + 1) or (world_size() == 1 and interrupts.came)
+            stopping = pending.due(pending.stop, done) or (world_size() == 1 and interrupts.came)
             if stopping or now - saved > loop.checkpoint_seconds:
-                save(number + 1)
+                save(done)
                 saved = time.monotonic()
-            if pending.due(pending.failed, number + 1):
+            if pending.due(pending.failed, done):
                 raise pending.failure
             if stopping:
                 pending.stop = None
@@ -255,11 +257,6 @@ _SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "poly": lambda done: (1 - done) ** 0.9,
     "constant": lambda done: 1.0,
 }
-
-
-def _order(images: int, loop: Loop, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
-    """The (epoch, index) keys of the steps from ``start`` up to ``steps``."""
-    return order(images, loop.batch_size, loop.seed, range(start, steps))
 
 
 def fit(

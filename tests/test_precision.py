@@ -10,7 +10,7 @@ from PIL import Image
 
 from cacl import CAMNet, pipeline
 from cacl._support import precision
-from cacl._support.precision import native_precision
+from cacl._support.precision import decided, native_precision
 from cacl.artifacts import load_cams
 from cacl.config import Config
 from cacl.datasets import CSVDataset
@@ -46,6 +46,25 @@ def test_a_gpu_by_its_capability(monkeypatch, capability, wanted):
     assert native_precision("cuda:1") == wanted
 
 
+@pytest.mark.parametrize(
+    ("chosen", "device", "native", "warned"),
+    [
+        ("bf16", "cpu", "fp32", "bf16"),
+        ("fp16", "cpu", "fp32", "fp16"),
+        ("bf16", "cuda:0", "fp32", "bf16"),
+        ("fp16", "cuda:0", "fp32", ""),
+        ("fp32", "cpu", "fp32", ""),
+        ("bf16", "cpu", "bf16", ""),
+        ("auto", "cpu", "bf16", ""),
+    ],
+)
+def test_what_is_emulated_is_said(monkeypatch, caplog, chosen, device, native, warned):
+    monkeypatch.setattr(precision, "native_precision", lambda place: native)
+    assert decided(chosen, device) == (native if chosen == "auto" else chosen)
+    said = f"{device}: {warned} is emulated here, many times slower than fp32"
+    assert caplog.messages == ([said] if warned else [])
+
+
 def test_what_is_decided_is_written_down_and_stays(tmp_path, monkeypatch):
     write_csv(tmp_path / "photos", train=3, val=1)
     small = [
@@ -54,10 +73,10 @@ def test_what_is_decided_is_written_down_and_stays(tmp_path, monkeypatch):
         "run.workers=0", "run.device=cpu", "camnet.backbone=scenes", "camnet.weights=", "warmup.epochs=1",
         "warmup.batch_size=2", "warmup.crop=32",
     ]  # fmt: skip
-    monkeypatch.setattr("cacl.runs.session.native_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "native_precision", lambda device: "bf16")
     pipeline.run(Config.load("voc", small), stages=["warmup"])
     assert Config.of_run(tmp_path / "run").run.precision == "bf16"
-    monkeypatch.setattr("cacl.runs.session.native_precision", lambda device: "fp32")  # another machine goes on
+    monkeypatch.setattr(precision, "native_precision", lambda device: "fp32")  # another machine goes on
     assert pipeline.plan(Config.load("voc", small))[0] == "warmup: finished"
     pipeline.run(Config.load("voc", small), stages=["warmup"])
     assert Config.of_run(tmp_path / "run").run.precision == "bf16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from cacl._support.cores import processor_says
+from cacl.constants import Precision
+
+logger = logging.getLogger("cacl")
 
 _FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -28,8 +32,18 @@ def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
     return "bf16" if native else "fp32"
 
 
+def decided(precision: Precision | Literal["auto"], device: torch.device | str) -> Precision:
+    """What a device computes in: the native one for ``"auto"``; a warning where it emulates another one."""
+    native = native_precision(device)
+    if precision == "auto":
+        return native
+    if precision != "fp32" and native == "fp32" and (precision == "bf16" or torch.device(device).type == "cpu"):
+        logger.warning("%s: %s is emulated here, many times slower than fp32", device, precision)
+    return precision
+
+
 @contextmanager
-def computing_in(precision: Literal["fp32", "bf16", "fp16"], device: torch.device | str) -> Iterator[None]:
+def computing_in(precision: Precision, device: torch.device | str) -> Iterator[None]:
     """Autocast, with the weights as they are now.
 
     Torch keeps the weights that it has cast until nobody is in autocast any more, not even in one that is switched off:

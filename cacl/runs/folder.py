@@ -11,10 +11,10 @@ from typing import Any, get_args
 
 from cacl._support.files import read_json, write_json
 from cacl._support.toml import read_toml
+from cacl.constants import Precision
 from cacl.datasets.files import Fingerprint
 from cacl.errors import InputError
 from cacl.log import Log, Record, keep_costs
-from cacl.settings import Precision
 from cacl.stages.score import Score
 from cacl.stages.stage import Stage
 

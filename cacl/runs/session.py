@@ -17,16 +17,17 @@ from cacl._support.answers import check_given
 from cacl._support.cores import usable_cores
 from cacl._support.distributed import local_device, local_rank_zero_first, local_world_size, rank_zero
 from cacl._support.identity import identity_or_new
-from cacl._support.precision import native_precision
+from cacl._support.precision import decided, native_precision
 from cacl._support.surroundings import building
 from cacl._support.weights import check_can_be_saved, check_takes_part, copied, load_state, load_weights
 from cacl.config import Config
+from cacl.constants import Precision
 from cacl.datasets import FORMATS, Dataset, open_dataset
 from cacl.datasets.files import Fingerprint, fingerprint
 from cacl.encoders import ImageTextEncoder, load_encoder
 from cacl.errors import InputError
 from cacl.runs.folder import RunFolder
-from cacl.settings import CAMNetwork, Encoder, Machine, Precision, Scenes, Table
+from cacl.settings import CAMNetwork, Encoder, Machine, Scenes, Table
 from cacl.stages.chain import Chain, stage_of
 from cacl.stages.stage import Role, Stage
 
@@ -95,7 +96,9 @@ class Session:
         """That of the configuration; where it is ``"auto"``, what the run has been begun in, or what the device has."""
         chosen = self.config.run.precision
         begun = self.files.precision if chosen == "auto" else chosen
-        return begun or native_precision(self._device)
+        if self.planning:  # the device may not be here
+            return begun or native_precision(self._device)
+        return decided(begun or "auto", self._device)
 
     @cached_property
     def machine(self) -> Machine:
