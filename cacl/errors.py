@@ -28,6 +28,8 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     if isinstance(error, UnpicklingError) or "allow_pickle" in str(error):  # whose text advises to run what is in it
         return "it holds something else than tensors and plain values"
+    if isinstance(error, RecursionError):  # which each version of Python says in other words
+        return "it is nested too deep"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

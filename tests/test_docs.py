@@ -356,6 +356,11 @@ def test_quick_start_is_short():
     assert len(next(s for s in snippets(ROOT / "README.md") if s.language == "python").code.splitlines()) <= 12
 
 
+class Deadly(CSVDataset):
+    def image(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 # Each raises an error, or returns problems, that the page on troubleshooting has.
 def mistakes(place: Path):
     def broken_data():
@@ -455,10 +460,6 @@ def mistakes(place: Path):
         list(map_processes(os._exit, [1, 1], workers=2))
 
     def dying_loader():
-        class Deadly(CSVDataset):
-            def image(self, index):
-                os.kill(os.getpid(), signal.SIGKILL)
-
         list(load_images(Deadly(write_csv(place / "deadly"), "train"), [0, 1], 1))
 
     def used_twice():

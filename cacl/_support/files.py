@@ -17,7 +17,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from cacl._support.distributed import rank, rank_zero
-from cacl.errors import InputError
+from cacl.errors import InputError, first_line
 
 logger = logging.getLogger("cacl")
 
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected a JSON object, but {error}") from None
+        raise InputError(f"{path}: expected a JSON object, but {first_line(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, but got {type(value).__name__}")
     return value

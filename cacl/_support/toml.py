@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacl.errors import InputError, shown
+from cacl.errors import InputError, first_line, shown
 
 
 def read_toml(path: Path, presets: Sequence[str] = ()) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def read_toml(path: Path, presets: Sequence[str] = ()) -> dict[str, Any]:
         hint = f" and no preset ({', '.join(presets)})" if presets and len(path.parts) == 1 and not path.suffix else ""
         raise InputError(f"{shown(path)}: no such file{hint}") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
-        raise InputError(f"{shown(path)}: expected a TOML file, but {error}") from None
+        raise InputError(f"{shown(path)}: expected a TOML file, but {first_line(error)}") from None
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cacl.errors import InputError
+from cacl.errors import InputError, first_line
 
 
 def load_words(path: Path) -> dict[str, list[Any]]:
@@ -14,7 +14,7 @@ def load_words(path: Path) -> dict[str, list[Any]]:
     try:
         words = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected a JSON object of words a class, but {error}") from None
+        raise InputError(f"{path}: expected a JSON object of words a class, but {first_line(error)}") from None
     if not isinstance(words, dict) or not all(isinstance(value, list) for value in words.values()):
         raise InputError(f"{path}: expected a JSON object that maps each class to a list of words.")
     return words
