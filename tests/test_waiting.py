@@ -50,12 +50,14 @@ class Numbers(torch.utils.data.Dataset):
         return index, torch.full((3, 20, 30), index + 0.5)
 
 
+PATIENCE = 1.0 if multiprocessing.get_start_method() == "fork" else 8.0  # others begin with their imports
+
+
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
     for module in (loaders, pool):
         monkeypatch.setattr(module, "POLL", 0.2)
-    forked = multiprocessing.get_start_method() == "fork"
-    monkeypatch.setattr(waiting, "PATIENCE", 1.0 if forked else 20.0)  # others begin with their imports
+    monkeypatch.setattr(waiting, "PATIENCE", PATIENCE)
     waiting.warn_once.cache_clear()
 
 
@@ -85,14 +87,17 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+class Limited(Numbers):
+    """Whoever loads an item may write no file of its size; one of the shared memory is a file too."""
+
+    def __getitem__(self, index: int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().__getitem__(index)
+
+
 def test_what_the_shared_memory_has_no_room_for_comes_another_way(caplog):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # a file of the shared memory is one too
-    try:
-        check(load(Numbers(), workers=2))
-        check(load(Numbers(), workers=1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check(load(Limited(), workers=2))
+    check(load(Limited(), workers=1))
     (line,) = warnings_of(caplog)  # and not one a batch, or one a loader
     assert line.startswith("/dev/shm has no room")
     assert "--shm-size" in line
@@ -170,6 +175,7 @@ def test_workers_that_stand_still_are_given_up_and_end(monkeypatch):
 def test_who_computes_is_waited_for(monkeypatch):
     """A process that is slow is told from one that stands still by the time that it has computed."""
     monkeypatch.setattr(waiting, "_WORK", 0.1)
+    monkeypatch.setattr(waiting, "PATIENCE", 1.0)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
