@@ -19,7 +19,7 @@ from torch import nn
 from cacl._support.answers import check_encoder
 from cacl._support.cores import threads_of_cores, usable_cores
 from cacl._support.distributed import local_device
-from cacl._support.files import replacing
+from cacl._support.files import replacing, require_no_file
 from cacl._support.precision import decided
 from cacl._support.progress import watched
 from cacl._support.values import check_integer, check_span
@@ -171,6 +171,7 @@ def predict_each(
     segmenter, table = open_model(model, backbone=backbone)
     place = local_device(device, "device")
     out, part = Path(out), Shard.of_process() if shard is None else shard
+    require_no_file(out)
     check_backend(backend)
     if longest is not None:
         check_integer("longest", longest, 1)

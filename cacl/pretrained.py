@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cacl import __version__
 from cacl._support.card import model_card
 from cacl._support.distributed import rank
-from cacl._support.files import read_json, write_json, write_text
+from cacl._support.files import read_json, require_no_file, write_json, write_text
 from cacl._support.hub import hub_library, located
 from cacl._support.safetensors import load_tensors, save_tensors
 from cacl._support.surroundings import building
@@ -286,8 +286,7 @@ class _Saved:
 
 def _check_room(folder: Path, names: Sequence[str]) -> None:
     """Require files that will be written to be new, or of an earlier save."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder, but it is a file")
+    require_no_file(folder)
     try:
         ours = {"format", "network"} <= read_json(folder / CONFIG).keys()
     except InputError:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from cacl._support.distributed import rank, rank_zero
-from cacl.errors import InputError, first_line
+from cacl.errors import InputError, first_line, shown
 
 logger = logging.getLogger("cacl")
 
@@ -160,6 +160,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require_no_file(folder: Path) -> None:
+    """Of what is to be a folder, or is one."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{shown(folder)}: expected a folder, but it is a file")
 
 
 def write_json(path: Path, value: object) -> None:
