@@ -35,8 +35,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1, help="copies of the network, on all machines together")
     options = parser.parse_args()
     places = [str(path.resolve()) for path in (options.model, options.photos, options.out)]  # all machines see them
-    many = options.workers  # of readers and of networks, a core for two: with a core each, readers could wait for ever
-    reading = {"ray_remote_args": {"num_cpus": 0.1}, "concurrency": many}
+    reading = {"ray_remote_args": {"num_cpus": 0.1}}  # beside networks on all cores it would wait for ever
     photos = ray.data.read_images(places[1], mode="RGB", include_paths=True, partitioning=None, **reading)
-    masks = photos.map(Segmenter, fn_constructor_args=places, num_cpus=0.9, concurrency=many)
+    masks = photos.map(Segmenter, fn_constructor_args=places, num_cpus=0.9, concurrency=options.workers)
     print(sum(1 for _ in masks.iter_rows()), "masks")
