@@ -14,8 +14,7 @@ from PIL import Image
 
 class Segmenter:
     def __init__(self, model: str, photos: str, out: str) -> None:
-        self.photos, self.out = photos, Path(out)
-        self.net = torch.export.load(model).module()
+        self.photos, self.out, self.net = photos, Path(out), torch.export.load(model).module()
 
     def __call__(self, row: dict) -> dict:
         photo = torch.from_numpy(row["image"]).permute(2, 0, 1)[None]
