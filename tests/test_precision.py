@@ -60,6 +60,7 @@ def test_a_gpu_by_its_capability(monkeypatch, capability, wanted):
 )
 def test_what_is_emulated_is_said(monkeypatch, caplog, chosen, device, native, warned):
     monkeypatch.setattr(precision, "native_precision", lambda place: native)
+    precision.warn_once.cache_clear()
     assert decided(chosen, device) == (native if chosen == "auto" else chosen)
     said = f"{device}: {warned} is emulated here, many times slower than fp32"
     assert caplog.messages == ([said] if warned else [])

@@ -68,15 +68,14 @@ def check(items) -> None:
     assert position == 3
 
 
-def run_script(script: str, *folders: Path) -> list[str]:
-    """The lines that a script from standard input, or one in a folder, says; it finds modules in the folders."""
-    path = os.pathsep.join(map(str, [Path(loaders.__file__).parents[2], *folders, os.environ.get("PYTHONPATH", "")]))
-    name = "-"
-    for folder in folders[:1]:
-        (folder / "script.py").write_text(script)
-        name = str(folder / "script.py")
+def run_script(script: str, file: Path | None = None) -> list[str]:
+    """The lines that a script says, which comes from standard input, or lies in a file, beside modules of its own."""
+    path = os.pathsep.join([str(Path(loaders.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    if file is not None:
+        file.write_text(script)
+        path = f"{file.parent}{os.pathsep}{path}"  # a server that forks does not look beside the script on Python 3.11
     done = subprocess.run(
-        [sys.executable, name], input=script, env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "-" if file is None else str(file)], input=script, env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -300,7 +299,7 @@ if __name__ == "__main__":
     found = [item for _ in range(2) for item in load(Data(), workers=2)]
     print(len({imported for imported, _ in found}), len({loaded for _, loaded in found}))
 """
-    assert run_script(script, tmp_path) == ["1 4"]
+    assert run_script(script, tmp_path / "script.py") == ["1 4"]
 
 
 def test_work_where_the_folder_is_gone_is_done_in_this_process(tmp_path, monkeypatch):

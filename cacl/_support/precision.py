@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cacl._support.cores import processor_says
+from cacl._support.waiting import warn_once
 from cacl.constants import Precision
-
-logger = logging.getLogger("cacl")
 
 _FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -34,11 +32,11 @@ def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
 
 def decided(precision: Precision | Literal["auto"], device: torch.device | str) -> Precision:
     """What a device computes in: the native one for ``"auto"``; a warning where it emulates another one."""
-    native = native_precision(device)
     if precision == "auto":
-        return native
-    if precision != "fp32" and native == "fp32" and (precision == "bf16" or torch.device(device).type == "cpu"):
-        logger.warning("%s: %s is emulated here, many times slower than fp32", device, precision)
+        return native_precision(device)
+    unusual = precision == "bf16" or (precision == "fp16" and torch.device(device).type == "cpu")
+    if unusual and native_precision(device) == "fp32":
+        warn_once(f"{device}: {precision} is emulated here, many times slower than fp32")
     return precision
 
 
